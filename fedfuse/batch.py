@@ -1,0 +1,111 @@
+"""What a record looks like (`Schema`), and a batch of records (`Batch`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Kind", "Modality", "Schema", "Target", "TargetKind"]
+
+
+class Kind(StrEnum):
+    """What a modality is, and so how it is decoded and encoded."""
+
+    IMAGE = "image"
+    """(C, H, W) float32 in [0, 1]."""
+    AUDIO = "audio"
+    """(n_mels, frames) float32 log-mel spectrogram, fixed public scale."""
+    TEXT = "text"
+    """(L,) int64 token ids, 0 is padding."""
+    SERIES = "series"
+    """(T, F) float32 sensor readings."""
+    VECTOR = "vector"
+    """(F,) float32 features."""
+    TABLE = "table"
+    """(2F,) float32: F values (0 where missing), then F flags (1 where missing)."""
+
+
+class TargetKind(StrEnum):
+    """What is predicted."""
+
+    CLASSIFICATION = "classification"
+    """One of C classes: target (B,) int64."""
+    REGRESSION = "regression"
+    """A real number: target (B,) float32, scaled to public units (see `Target`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modality:
+    """One modality: its name, its kind, and the public shape of one record of it."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is predicted, with the public facts about it.
+
+    For regression the model works on ``(y - centre) / scale``, both of them public numbers.
+    """
+
+    kind: TargetKind
+    classes: tuple[str, ...] = ()
+    centre: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs of the model's head."""
+        return len(self.classes) if self.kind is TargetKind.CLASSIFICATION else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schema:
+    """What every node must agree on: the modalities, in order, and the target. All public."""
+
+    modalities: tuple[Modality, ...]
+    target: Target
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modalities' names, in order."""
+        return tuple(modality.name for modality in self.modalities)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B records, B may be 0.
+
+    An absent modality is a zero row with ``present = False``, never a dropped row, so that row i
+    is record i in every tensor.
+
+    inputs[m]: (B, *shape_m), finite. present[m]: (B,) bool. target: (B,).
+    """
+
+    inputs: dict[str, Tensor]
+    present: dict[str, Tensor]
+    target: Tensor
+
+    def __len__(self) -> int:
+        return int(self.target.shape[0])
+
+    def __getitem__(self, rows: Tensor | slice) -> Batch:
+        """The records of `rows`."""
+        return Batch(
+            {name: value[rows] for name, value in self.inputs.items()},
+            {name: value[rows] for name, value in self.present.items()},
+            self.target[rows],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same records on `device`."""
+        return Batch(
+            {name: value.to(device) for name, value in self.inputs.items()},
+            {name: value.to(device) for name, value in self.present.items()},
+            self.target.to(device),
+        )

@@ -1,0 +1,306 @@
+"""A run's whole configuration: TOML <-> typed sections <-> Flower's flat run config.
+
+Torch-free. Every field is public: the server, every node and every reader of the report knows it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+import tomli_w
+
+from fedfuse.data.spec import PARTITIONS, DataConfig
+from fedfuse.errors import ConfigError
+from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS, ModelConfig
+from fedfuse.privacy.spec import PrivacyConfig, Unit
+
+__all__ = ["ENGINES", "STRATEGIES", "FederationConfig", "RunConfig", "TrainConfig"]
+
+ENGINES = ("loopback", "ray")
+STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox", "trimmed-mean", "median")
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What a node does in a round, and how many rounds there are."""
+
+    rounds: int = 20
+    local_steps: int = 4
+    """Optimizer steps that a node takes in a round, the same for every node."""
+    batch_size: int = 32
+    """Records in a step where unit = "none"; a private step has q x declared_records expected."""
+    optimizer: str = "sgd"
+    learning_rate: float = 0.5
+    momentum: float = 0.9
+    schedule: str = "constant"
+    """How the learning rate goes over the rounds: one of SCHEDULES."""
+    physical_batch: int = 256
+    """The most records that pass through the model at once; larger steps are accumulated."""
+    device: str = "auto"
+    """"auto" takes a GPU where there is one; or "cpu", "cuda", "cuda:1"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FederationConfig:
+    """How updates become one model, and what runs the nodes."""
+
+    strategy: str = "fedavg"
+    server_learning_rate: float = 1.0
+    """Of fedavgm; for fedadam and fedyogi it is eta."""
+    server_momentum: float = 0.9
+    """Of fedavgm; beta_1 of fedadam and fedyogi."""
+    tau: float = 1e-3
+    """The adaptivity constant of fedadam and fedyogi."""
+    proximal_mu: float = 0.01
+    """Of fedprox."""
+    trim: float = 0.2
+    """The share that trimmed-mean cuts off at each end."""
+    weighting: str = "equal"
+    """"equal", or "examples" (only with unit "none": a count is a release)."""
+    fraction: float = 1.0
+    """Share of the nodes that train in a round."""
+    min_nodes: int = 1
+    """A round with fewer good updates than this fails the run."""
+    round_timeout_s: float = 3600.0
+    engine: str = "loopback"
+    workers: int = 0
+    """Worker processes of the loopback engine. 0: one for each core, or for each GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run, and so everything needed to run it again."""
+
+    name: str = "run"
+    seed: int = 0
+    """Of the model's first weights, the partition and data order; never of privacy noise."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def private(self) -> bool:
+        """Whether the run promises anything at all."""
+        return self.privacy.unit != Unit.NONE
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], *, where: str = "config") -> RunConfig:
+        """The configuration that nested tables describe.
+
+        Raises ConfigError on an unknown key or a value of the wrong type, naming it.
+        """
+        return cast("RunConfig", _build(cls, tree, where, ""))
+
+    @classmethod
+    def from_toml(cls, path: Path) -> RunConfig:
+        """The configuration in a TOML file. Raises ConfigError."""
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                "no such file", where=str(path), hint="see simulations/ for scenarios to start from"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ConfigError(
+                f"cannot be read as TOML: {error}", where=str(path), hint="mend the line it names"
+            ) from None
+        return cls.from_dict(tree, where=str(path))
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
+        """The configuration in Flower's run config: scalars under dotted keys; lists joined by ','."""
+        tree: dict[str, Any] = {}
+        for key, value in flat.items():
+            _put(tree, key, value)
+        return cls.from_dict(tree, where="run config")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        return asdict(self)
+
+    def to_toml(self) -> str:
+        """The whole configuration as TOML, each field written out.
+
+        >>> config = RunConfig(seed=3)
+        >>> RunConfig.from_dict(tomllib.loads(config.to_toml())) == config
+        True
+        """
+        return tomli_w.dumps(self.to_dict())
+
+    def to_flat(self) -> dict[str, str | int | float | bool]:
+        """Scalars under dotted keys, as Flower's run config takes them.
+
+        >>> RunConfig.from_flat(RunConfig().to_flat()) == RunConfig()
+        True
+        """
+        return dict(_flatten(self.to_dict(), ""))
+
+    def with_values(self, changes: Mapping[str, Any], *, where: str = "--set") -> RunConfig:
+        """A copy with dotted keys changed; values may be text, as a command line gives them.
+
+        >>> RunConfig().with_values({"train.rounds": "3"}).train.rounds
+        3
+        """
+        tree = self.to_dict()
+        for key, value in changes.items():
+            _put(tree, key, value)
+        return cast("RunConfig", _build(type(self), tree, where, ""))
+
+
+def _build(cls: type[Any], tree: Mapping[str, Any], where: str, prefix: str) -> Any:
+    """An instance of the dataclass `cls` from plain values, each checked against its field."""
+    types = get_type_hints(cls)
+    unknown = sorted(set(tree) - set(types))
+    if unknown:
+        known = ", ".join(sorted(types))
+        raise ConfigError(
+            f"unknown setting {prefix}{unknown[0]}", where=where, hint=f"the settings here: {known}"
+        )
+    values = {
+        key: _convert(types[key], value, where, f"{prefix}{key}") for key, value in tree.items()
+    }
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
+    """`value` as `kind`; text is parsed, as it comes from a command line."""
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} = {value!r}, but it is a section", where=where)
+        return _build(cast("type[Any]", kind), value, where, f"{key}.")
+    if kind == tuple[str, ...]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+            return tuple(value)
+    elif kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if isinstance(value, bool):
+            return value
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+    elif not isinstance(value, bool):
+        try:
+            number = kind(value)
+            if isinstance(value, str) or number == value:
+                return number
+        except (TypeError, ValueError, OverflowError):
+            pass
+    name = "a list of names" if kind == tuple[str, ...] else kind.__name__
+    raise ConfigError(f"{key} = {value!r}, but it must be {name}", where=where)
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"unknown setting {dotted}", where="--set")
+    tree[last] = value
+
+
+def _flatten(
+    tree: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, str | int | float | bool]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", ",".join(value) if isinstance(value, tuple) else value
+
+
+def _check(config: RunConfig) -> None:
+    """Raises ConfigError on the first value out of its range."""
+    data, model, train = config.data, config.model, config.train
+    privacy, federation = config.privacy, config.federation
+    for key, text, allowed in (
+        ("data.partition", data.partition, PARTITIONS),
+        ("model.fusion", model.fusion, FUSIONS),
+        ("model.text_encoder", model.text_encoder, TEXT_ENCODERS),
+        ("train.optimizer", train.optimizer, OPTIMIZERS),
+        ("train.schedule", train.schedule, SCHEDULES),
+        ("privacy.unit", privacy.unit, tuple(unit.value for unit in Unit)),
+        ("federation.strategy", federation.strategy, STRATEGIES),
+        ("federation.weighting", federation.weighting, ("equal", "examples")),
+        ("federation.engine", federation.engine, ENGINES),
+    ):
+        if text not in allowed:
+            raise ConfigError(f"{key} = {text!r}, but it must be one of {', '.join(allowed)}")
+    for key, number, low, high in (
+        ("data.nodes", data.nodes, 0, 1_000_000),
+        ("data.alpha", data.alpha, 1e-6, 1e6),
+        ("data.modality_keep", data.modality_keep, 0.01, 1),
+        ("data.image_size", data.image_size, 0, 4096),
+        ("data.sample_rate", data.sample_rate, 0, 768_000),
+        ("data.audio_seconds", data.audio_seconds, 0, 600),
+        ("data.mel_bands", data.mel_bands, 4, 512),
+        ("data.mel_frames", data.mel_frames, 0, 100_000),
+        ("data.text_tokens", data.text_tokens, 1, 8192),
+        ("data.vocabulary", data.vocabulary, 2, 10_000_000),
+        ("data.series_steps", data.series_steps, 0, 1_000_000),
+        ("model.dim", model.dim, 1, 65536),
+        ("model.fusion_layers", model.fusion_layers, 1, 64),
+        ("model.fusion_heads", model.fusion_heads, 1, 64),
+        ("model.head_width", model.head_width, 0, 65536),
+        ("model.image_width", model.image_width, 1, 4096),
+        ("model.image_depth", model.image_depth, 1, 8),
+        ("model.audio_width", model.audio_width, 1, 4096),
+        ("model.audio_depth", model.audio_depth, 1, 8),
+        ("model.series_width", model.series_width, 1, 4096),
+        ("model.series_depth", model.series_depth, 1, 8),
+        ("model.vector_width", model.vector_width, 1, 65536),
+        ("model.text_width", model.text_width, 1, 65536),
+        ("model.text_layers", model.text_layers, 1, 64),
+        ("model.text_heads", model.text_heads, 1, 64),
+        ("train.rounds", train.rounds, 1, 1_000_000),
+        ("train.local_steps", train.local_steps, 1, 1_000_000),
+        ("train.batch_size", train.batch_size, 1, 1_000_000),
+        ("train.learning_rate", train.learning_rate, 1e-12, 1e6),
+        ("train.momentum", train.momentum, 0, 0.9999),
+        ("train.physical_batch", train.physical_batch, 1, 1_000_000),
+        ("privacy.epsilon", privacy.epsilon, 1e-3, 1e3),
+        ("privacy.delta", privacy.delta, 1e-30, 0.1),
+        ("privacy.clip_norm", privacy.clip_norm, 1e-9, 1e9),
+        ("privacy.sample_rate", privacy.sample_rate, 1e-9, 1),
+        ("privacy.noise_multiplier", privacy.noise_multiplier, 0, 1e6),
+        ("privacy.declared_records", privacy.declared_records, 0, 10**12),
+        ("federation.server_learning_rate", federation.server_learning_rate, 1e-12, 1e6),
+        ("federation.server_momentum", federation.server_momentum, 0, 0.9999),
+        ("federation.tau", federation.tau, 1e-12, 1e3),
+        ("federation.proximal_mu", federation.proximal_mu, 0, 1e6),
+        ("federation.trim", federation.trim, 0, 0.499),
+        ("federation.fraction", federation.fraction, 1e-6, 1),
+        ("federation.min_nodes", federation.min_nodes, 1, 1_000_000),
+        ("federation.round_timeout_s", federation.round_timeout_s, 0.1, 1e7),
+        ("federation.workers", federation.workers, 0, 1024),
+    ):
+        if not low <= number <= high:
+            raise ConfigError(f"{key} = {number}, but it must be from {low:g} to {high:g}")
+    for key, width, heads in (
+        ("model.dim", model.dim, model.fusion_heads if model.fusion == "attention" else 1),
+        (
+            "model.text_width",
+            model.text_width,
+            model.text_heads if model.text_encoder == "transformer" else 1,
+        ),
+    ):
+        if width % heads:
+            raise ConfigError(f"{key} = {width}, but it must be a multiple of its {heads} heads")
+    if config.private and federation.weighting == "examples":
+        raise ConfigError(
+            'federation.weighting = "examples", but a count of records is a release',
+            hint='take "equal", or privacy.unit = "none" and no promise',
+        )

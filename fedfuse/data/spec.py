@@ -1,0 +1,50 @@
+"""The settings of the data part. Every field is public knowledge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PARTITIONS", "DataConfig"]
+
+PARTITIONS = ("client", "iid", "dirichlet", "quantity", "modality")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which records, how they are decoded, and how one data set becomes simulated nodes.
+
+    0 in a size means: taken from the data set's declaration or, without one, inferred and said.
+    """
+
+    manifest: str = ""
+    """Path of the manifest (CSV, JSONL, Parquet). Empty: the demo data set is made."""
+    modalities: tuple[str, ...] = ()
+    """The modalities to use, by column name. Empty: all."""
+    skip_bad: bool = False
+    """Leave out records with an error, and count them; otherwise refuse to start."""
+
+    partition: str = "client"
+    """How records become nodes: one of PARTITIONS. "client" takes the manifest's column."""
+    nodes: int = 0
+    """Number of nodes for the other partitions; with "client" the first so many clients."""
+    alpha: float = 0.5
+    """Concentration of the Dirichlet label skew; smaller is more skewed."""
+    modality_keep: float = 0.7
+    """Chance that a node has a modality at all, under the "modality" partition."""
+
+    image_size: int = 0
+    """Height and width in pixels."""
+    sample_rate: int = 0
+    """Audio is resampled to this many samples a second."""
+    audio_seconds: float = 0.0
+    """Audio is cut or zero-padded to this length in seconds."""
+    mel_bands: int = 40
+    """Mel bands of the log-mel spectrogram."""
+    mel_frames: int = 0
+    """Frames of the log-mel spectrogram; the hop follows from it. 0: one each 16 ms."""
+    text_tokens: int = 32
+    """Words of a text that are kept."""
+    vocabulary: int = 4096
+    """Hash buckets for words (a public hash, no word list is learned from data)."""
+    series_steps: int = 0
+    """Time steps that a sensor series is cut or zero-padded to."""

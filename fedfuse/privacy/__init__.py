@@ -1,0 +1,1 @@
+"""The guarantee: sampling, clipping, noise, and the account of what they cost."""

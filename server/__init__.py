@@ -1,0 +1,1 @@
+"""The Flower server app. The work is done by the `fedfuse` that is installed where it runs."""

@@ -119,7 +119,7 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
-        """The configuration in Flower's run config: scalars under dotted keys; lists joined by ','."""
+        """The configuration in Flower's run config: scalars under dotted keys, lists as "a,b"."""
         tree: dict[str, Any] = {}
         for key, value in flat.items():
             _put(tree, key, value)

@@ -54,7 +54,7 @@ class Task:
                     metrics=lambda outputs, y: _regression_metrics(outputs, y, scale),
                     headline="mae",
                     higher_is_better=False,
-                    baseline=lambda y: scale * float(np.abs(y - np.median(y)).mean()),
+                    baseline=lambda y: scale * _deviation(y),
                 )
 
 
@@ -67,9 +67,7 @@ def _huber(outputs: Tensor, target: Tensor) -> Tensor:
     return F.huber_loss(outputs.squeeze(-1), target, reduction="none")
 
 
-def _classification_metrics(
-    outputs: NDArray[np.floating], target: NDArray[np.generic]
-) -> Figures:
+def _classification_metrics(outputs: NDArray[np.floating], target: NDArray[np.generic]) -> Figures:
     """Accuracy, balanced accuracy (mean recall over the classes that occur), macro F1."""
     from sklearn.metrics import accuracy_score, f1_score, recall_score
 
@@ -100,6 +98,11 @@ def _regression_metrics(
         "pearson_r": centred / float(spread) if spread > 0 else 0.0,
         "r2": 1 - float(((guess - truth) ** 2).sum()) / total if total > 0 else 0.0,
     }
+
+
+def _deviation(target: NDArray[np.generic]) -> float:
+    y = np.asarray(target, dtype=np.float64)
+    return float(np.abs(y - np.median(y)).mean())
 
 
 def _majority_share(target: NDArray[np.generic]) -> float:

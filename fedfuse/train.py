@@ -13,7 +13,13 @@ from torch import nn
 
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError
-from fedfuse.privacy.dpsgd import Loss, PrivateOptimizer, private_step, with_record_gradients
+from fedfuse.privacy.dpsgd import (
+    Loss,
+    PrivateOptimizer,
+    RecordGradients,
+    private_step,
+    with_record_gradients,
+)
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, shuffled_batches
 from fedfuse.privacy.spec import Mechanism
@@ -80,7 +86,7 @@ class Trainer:
         self.model = model.to(device)
         self.loss = loss
         self.device = device
-        self._hooked: nn.Module | None = None
+        self._hooked: RecordGradients | None = None
         # By name in the model itself, so that the hooks' wrapper doesn't show on the wire.
         self._state = self.model.state_dict(keep_vars=False)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -109,7 +115,7 @@ class Trainer:
         optimizer = _optimizer(self._parameters, job)
         pull = self._proximal(job.proximal_mu)
         if job.mechanism is None:
-            self._hook(False)
+            self._hooks_off()
             self._run_plain(records, job, optimizer, pull, NoiseStream(secret, "order"))
         else:
             self._run_private(records, job, job.mechanism, optimizer, pull, secret)
@@ -123,7 +129,7 @@ class Trainer:
         pull: Callable[[], None] | None,
         secret: bytes,
     ) -> None:
-        model = self._hook(True)
+        model = self._hooks_on()
         private = PrivateOptimizer(
             optimizer,
             noise_multiplier=mechanism.noise_multiplier,
@@ -151,6 +157,8 @@ class Trainer:
         order: NoiseStream,
     ) -> None:
         for rows in shuffled_batches(len(records), job.batch_size, job.steps, order):
+            if len(rows) == 0:
+                return
             batch = records.batch(rows).to(self.device)
             optimizer.zero_grad()
             self.loss(self.model(batch), batch.target).mean().backward()
@@ -158,17 +166,16 @@ class Trainer:
                 pull()
             optimizer.step()
 
-    def _hook(self, private: bool) -> nn.Module:
-        """The model with Opacus's hooks on or off; they are put on once."""
-        if not private and self._hooked is None:
-            return self.model
+    def _hooks_on(self) -> RecordGradients:
+        """The model under Opacus's hooks, which are put on once."""
         if self._hooked is None:
             self._hooked = with_record_gradients(self.model)
-        elif private:
-            self._hooked.enable_hooks()
-        if not private:
-            self._hooked.disable_hooks()
+        self._hooked.enable_hooks()
         return self._hooked
+
+    def _hooks_off(self) -> None:
+        if self._hooked is not None:
+            self._hooked.disable_hooks()
 
     def _proximal(self, mu: float) -> Callable[[], None] | None:
         """Adds mu (w - w_0) to each gradient: it depends on no record, so it costs nothing."""
@@ -188,5 +195,3 @@ def _optimizer(parameters: list[nn.Parameter], job: Job) -> torch.optim.Optimize
     if job.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=job.learning_rate, betas=(job.momentum, 0.999))
     return torch.optim.SGD(parameters, lr=job.learning_rate, momentum=job.momentum)
-
-

@@ -24,6 +24,7 @@ from fedfuse.privacy.spec import Mechanism
 
 __all__ = [
     "CALIBRATION_GRID",
+    "LEAST_SIGMA",
     "STATEMENT_GRID",
     "calibrate",
     "epsilon",
@@ -36,6 +37,9 @@ STATEMENT_GRID = 1e-4
 """Width of the privacy-loss grid behind every number that is printed as a claim."""
 CALIBRATION_GRID = 1e-3
 """A coarser grid for search; pessimistic too, so what it allows the fine grid allows."""
+
+LEAST_SIGMA = 0.3
+"""Less noise than this is refused: it hides next to nothing, and its account takes minutes."""
 
 Counts = tuple[tuple[float, float, int], ...]
 """(q, sigma, steps) with equal (q, sigma) merged, sorted: composition does not depend on order."""
@@ -81,7 +85,8 @@ def epsilon_opacus(mechanisms: Iterable[Mechanism], delta: float) -> float:
 def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """The smallest sigma, to 0.1 %, with which `steps` steps at `sample_rate` cost <= `epsilon`.
 
-    Found on the coarse grid from above, so that the fine grid's statement stays within `epsilon`.
+    Found on the coarse grid from above, so that the fine grid's statement stays within `epsilon`;
+    never below LEAST_SIGMA.
     Raises PrivacyError where no sigma up to 1e6 is enough.
     """
     if not (math.isfinite(epsilon) and epsilon > 0):
@@ -99,8 +104,8 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
                 hint="take a larger epsilon, fewer rounds or a smaller privacy.sample_rate",
             )
     while low == high or cost(low) <= epsilon:
-        low, high = low / 2, low
-        if low < 0.05:
+        low, high = max(low / 2, LEAST_SIGMA), low
+        if low == high:
             return high
     while high / low > 1.001:
         middle = math.sqrt(low * high)
@@ -112,9 +117,16 @@ def within(mechanisms: Iterable[Mechanism], epsilon: float, delta: float) -> boo
     """Whether all `mechanisms` together cost at most `epsilon` at `delta`.
 
     Answers of the coarse grid are taken when they say yes (it is pessimistic); a no is checked
-    on the fine grid. Cached: asking in every round costs nothing after the first.
+    on the fine grid. Absurd requests are answered with no at once. Cached: asking in every round
+    costs nothing after the first.
     """
     counts = _merged(mechanisms)
+    if any(sigma < LEAST_SIGMA for _, sigma, _ in counts):
+        return False
+    # RDP overstates by a factor of 3 at the most (measured); far beyond that the answer is no,
+    # and a request made to keep the accountant busy is answered at once.
+    if _epsilon_rdp(counts, _checked(delta)) > 5 * epsilon + 5:
+        return False
     return (
         _epsilon_pld(counts, _checked(delta), CALIBRATION_GRID) <= epsilon
         or _epsilon_pld(counts, _checked(delta), STATEMENT_GRID) <= epsilon

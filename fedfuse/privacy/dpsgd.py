@@ -25,6 +25,7 @@ Not covered
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +38,20 @@ from fedfuse.batch import Batch
 from fedfuse.errors import ModelError
 from fedfuse.privacy.noise import NoiseStream
 
-__all__ = ["Loss", "PrivateOptimizer", "check_model", "private_step", "with_record_gradients"]
+__all__ = [
+    "Loss",
+    "PrivateOptimizer",
+    "RecordGradients",
+    "check_model",
+    "private_step",
+    "with_record_gradients",
+]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs (B, C), target (B,)) -> loss of each record (B,)."""
+
+RecordGradients = GradSampleModule
+"""A model whose parameters get ``p.grad_sample`` (B, *p.shape) in the backward pass."""
 
 _CROSS_RECORD = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -56,13 +67,31 @@ def check_model(model: nn.Module) -> None:
                 hint="use nn.GroupNorm or nn.LayerNorm",
             )
         own = [key for key, value in module.named_parameters(recurse=False) if value.requires_grad]
-        if own and not GradSampleModule.is_supported(module):
+        if own and (wrong := _wrong_gradients(module)):
+            raise ModelError(
+                f"layer {name!r} is a {type(module).__name__} with {wrong}, for which Opacus 1.6 "
+                "gives wrong per-record gradients or none",
+                where="model",
+                hint="leave that setting out",
+            )
+        if own and type(module) not in GradSampleModule.GRAD_SAMPLERS:
             raise ModelError(
                 f"layer {name or 'model'!r} ({type(module).__name__}) holds parameter {own[0]!r}, "
                 "for which there is no per-record gradient",
                 where="model",
                 hint="build it from Linear, Conv, Embedding, GroupNorm and LayerNorm",
             )
+
+
+def _wrong_gradients(module: nn.Module) -> str:
+    """The setting of a layer under which Opacus's hooks were seen to be off, or ""."""
+    if getattr(module, "padding_idx", None) is not None:
+        return "padding_idx"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return "a padding_mode other than zeros"
+    if isinstance(module, nn.LayerNorm) and "bias" not in dict(module.named_parameters()):
+        return "bias=False"
+    return ""
 
 
 def with_record_gradients(model: nn.Module) -> GradSampleModule:
@@ -72,6 +101,8 @@ def with_record_gradients(model: nn.Module) -> GradSampleModule:
     gradient by the number drawn.
     """
     check_model(model)
+    # A first layer's inputs need no gradient; torch says so at each step, and it is no problem.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     return GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=True)
 
 
@@ -100,11 +131,11 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     def accumulate(self) -> None:
         """Adds the clipped sum of ``p.grad_sample`` to ``p.summed_grad`` and drops the former."""
         factors = clip_factors([p.grad_sample for p in self.params], self.max_grad_norm)
+        broken = (factors == 0).nonzero().squeeze(1)
         for p in self.params:
-            rows = torch.where(
-                factors.view(-1, *[1] * p.dim()) > 0, p.grad_sample, torch.zeros(())
-            )
-            part = torch.einsum("i,i...", factors, rows)
+            if len(broken):
+                p.grad_sample[broken] = 0  # 0 x NaN would be NaN
+            part = torch.einsum("i,i...", factors, p.grad_sample)
             p.summed_grad = part if p.summed_grad is None else p.summed_grad + part
             p.grad_sample = None
 
@@ -112,9 +143,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         """``p.grad = p.summed_grad + N(0, (sigma C)^2)``, in float64, cut to the model's dtype."""
         std = self.noise_multiplier * self.max_grad_norm
         noise = self.stream.normal(sum(p.numel() for p in self.params), std)
-        for p, part in zip(
-            self.params, noise.split([p.numel() for p in self.params]), strict=True
-        ):
+        for p, part in zip(self.params, noise.split([p.numel() for p in self.params]), strict=True):
             noisy = p.summed_grad.double() + part.to(p.device).view_as(p)
             p.grad = noisy.to(p.dtype)
 
@@ -154,7 +183,7 @@ def private_step(
 
     `adjust` may add to ``p.grad`` what does not depend on records (a proximal term).
     """
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=True)
     for start in range(0, max(1, len(batch)), physical_batch):
         part = batch[slice(start, start + physical_batch)]
         loss(model(part), part.target).sum().backward()

@@ -46,7 +46,9 @@ def round_secret(noise_seed: str, node: str, round: int) -> bytes:
     if not noise_seed:
         return secrets.token_bytes(SECRET_BYTES)
     text = f"{len(noise_seed)}:{noise_seed}{len(node)}:{node}{round}"
-    return hashlib.blake2b(text.encode(), digest_size=SECRET_BYTES, person=b"fedfuse/round").digest()
+    return hashlib.blake2b(
+        text.encode(), digest_size=SECRET_BYTES, person=b"fedfuse/round"
+    ).digest()
 
 
 class NoiseStream:

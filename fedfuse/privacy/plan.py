@@ -30,10 +30,9 @@ def plan(privacy: PrivacyConfig, *, steps: int) -> Mechanism | None:
         steps=steps,
     )
     if not accounting.within([mechanism], privacy.epsilon, privacy.delta):
-        reached = accounting.epsilon([mechanism], privacy.delta)
         raise PrivacyError(
-            f"noise_multiplier = {sigma:g} over {steps} steps reaches epsilon = {reached:.2f}, "
-            f"but epsilon = {privacy.epsilon:g} is promised (delta = {privacy.delta:g})",
+            f"noise_multiplier = {sigma:g} over {steps} steps at rate {privacy.sample_rate:g} "
+            f"does not keep epsilon = {privacy.epsilon:g} at delta = {privacy.delta:g}",
             where="privacy",
             hint="raise noise_multiplier, or set it to 0 to have it calibrated",
         )

@@ -1,0 +1,159 @@
+"""Audio: a file to a log-mel spectrogram on a fixed, public scale."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedfuse.data.media import read_bytes
+from fedfuse.data.torchaudio_compat import load_torchaudio
+from fedfuse.errors import DataError
+
+__all__ = ["SUFFIXES", "AudioSpec", "audio_facts", "log_mel", "read_waveform"]
+
+SUFFIXES = frozenset({".wav", ".wave", ".flac", ".ogg", ".mp3", ".aiff", ".aif"})
+WINDOW_S = 0.032
+HOP_S = 0.016
+_SILENCE = -2 / 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AudioSpec:
+    """`rate` in samples a second, length `seconds`, `bands` mel bands, `frames` spectra."""
+
+    rate: int
+    seconds: float
+    bands: int
+    frames: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(bands, frames)."""
+        return self.bands, self.frames
+
+    @property
+    def samples(self) -> int:
+        """The length in samples."""
+        return max(1, round(self.rate * self.seconds))
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next."""
+        return max(1, math.ceil(self.samples / self.frames))
+
+
+def read_waveform(path: Path, spec: AudioSpec) -> tuple[NDArray[np.float32], int]:
+    """(mono samples in [-1, 1], cut or zero-padded to (spec.samples,); the file's own rate).
+
+    Raises DataError where the file is empty, no audio, cut off, or holds NaN or inf.
+    """
+    samples, rate = _read(path)
+    mono = samples.mean(axis=1, dtype=np.float32)
+    if not np.isfinite(mono).all():
+        raise DataError(f"audio {path.name} holds NaN or inf", hint="export it again")
+    if rate != spec.rate:
+        resample = _resampler(rate, spec.rate)
+        mono = resample(torch.from_numpy(mono)).numpy()
+    wave = np.zeros(spec.samples, dtype=np.float32)
+    kept = mono[: spec.samples]
+    wave[: len(kept)] = kept
+    return wave, rate
+
+
+def log_mel(waves: NDArray[np.float32], spec: AudioSpec) -> NDArray[np.float32]:
+    """(B, samples) to (B, bands, frames): scaled log10 of the mel power spectrum.
+
+    The scale is fixed, so that it tells nothing of the data: ``(log10(p + 1e-6) + 4) / 1.5``, with
+    the window normalised to unit power. Silence is -1.33, a full-scale tone about +3.
+    """
+    if not len(waves):
+        return np.zeros((0, *spec.shape), dtype=np.float32)
+    with torch.no_grad():
+        power = _mel(spec)(torch.from_numpy(waves))[..., : spec.frames]
+        scaled = (torch.log10(power + 1e-6) + 4) / 1.5
+    missing = spec.frames - scaled.shape[-1]
+    if missing > 0:
+        scaled = torch.nn.functional.pad(scaled, (0, missing), value=_SILENCE)
+    return scaled.numpy().astype(np.float32)
+
+
+def audio_facts(path: Path) -> tuple[int, float]:
+    """(rate in samples a second, length in seconds) of a file. Raises DataError."""
+    import soundfile
+
+    try:
+        info = soundfile.info(io.BytesIO(read_bytes(path)))
+    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError):
+        raise _undecodable(path) from None
+    return int(info.samplerate), float(info.frames) / max(1, int(info.samplerate))
+
+
+def _read(path: Path) -> tuple[NDArray[np.float32], int]:
+    import soundfile
+
+    data = read_bytes(path)
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError):
+        raise _undecodable(path) from None
+    if not len(samples):
+        raise DataError(f"audio {path.name} holds no samples", hint="copy it again")
+    if _wav_cut_off(data):
+        raise DataError(f"audio {path.name} is cut off", hint="copy it again")
+    return samples, int(rate)
+
+
+def _undecodable(path: Path) -> DataError:
+    return DataError(
+        f"audio {path.name} cannot be decoded", hint="is it complete? WAV, FLAC and OGG are read"
+    )
+
+
+def _wav_cut_off(data: bytes) -> bool:
+    """Whether a WAV file announces more samples than it has; libsndfile reads on silently."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return False
+    place = 12
+    while place + 8 <= len(data):
+        length = int.from_bytes(data[place + 4 : place + 8], "little")
+        if data[place : place + 4] == b"data":
+            streamed = length in (0, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFF000)
+            return not streamed and place + 8 + length > len(data)
+        place += 8 + length + length % 2
+    return True
+
+
+@lru_cache(maxsize=16)
+def _resampler(source: int, target: int) -> Any:
+    return load_torchaudio().transforms.Resample(source, target)
+
+
+@lru_cache(maxsize=16)
+def _mel(spec: AudioSpec) -> Any:
+    window = max(16, round(WINDOW_S * spec.rate))
+    n_fft = 1 << (window - 1).bit_length()
+    while spec.rate / n_fft > _narrowest_band(spec) and n_fft < 1 << 15:
+        n_fft *= 2  # otherwise the lowest mel bands would hold no frequency at all
+    return load_torchaudio().transforms.MelSpectrogram(
+        sample_rate=spec.rate,
+        n_fft=n_fft,
+        win_length=window,
+        hop_length=spec.hop,
+        n_mels=spec.bands,
+        normalized=True,
+        pad_mode="constant",
+    )
+
+
+def _narrowest_band(spec: AudioSpec) -> float:
+    """Hz between the lowest two mel bands (HTK scale)."""
+    step = math.log10(1 + spec.rate / 2 / 700) / (spec.bands + 1)
+    return float(700 * (10**step - 1))

@@ -1,0 +1,247 @@
+"""All records of a manifest, decoded; and everything that is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfuse.batch import Kind
+from fedfuse.data.audio import AudioSpec, log_mel, read_waveform
+from fedfuse.data.columns import Source, undeclared
+from fedfuse.data.image import ImageSpec, read_image
+from fedfuse.data.inline import BLANKS
+from fedfuse.data.layout import Layout, Spec, array_of
+from fedfuse.data.manifest import SPLITS, Row
+from fedfuse.data.media import looks_like_path, media_path
+from fedfuse.data.problem import Problem
+from fedfuse.data.series import SeriesSpec, fit_series
+from fedfuse.data.table import TableSpec, fit_table, read_cells
+from fedfuse.data.target import label_value
+from fedfuse.data.text import TextSpec, token_ids
+from fedfuse.data.vector import VectorSpec, fit_vector
+from fedfuse.errors import DataError
+
+__all__ = ["Decoded", "decode"]
+
+_CHUNK = 256
+_Key = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """The good rows, in the manifest's order, and the problems of all.
+
+    Of each modality `values[m]` (U, ...) holds every different content once, raw, and `index[m]`
+    (N,) says which is record i's, -1 where it is absent.
+    """
+
+    rows: tuple[Row, ...]
+    splits: tuple[str, ...]
+    target: NDArray[np.float64]
+    values: dict[str, NDArray[np.generic]]
+    index: dict[str, NDArray[np.int64]]
+    problems: tuple[Problem, ...]
+    bad_rows: int
+
+
+def decode(layout: Layout, *, need_client: bool) -> Decoded:
+    """Every record that `layout` describes, each different file or text decoded once."""
+    problems = list(layout.manifest.problems)
+    unreadable_lines = len(problems)
+    problems += _about_columns(layout)
+    bad: set[int] = set()
+    target, splits = _check_rows(layout, need_client, problems, bad)
+    values, index = {}, {}
+    rows = layout.manifest.rows
+    for source, spec in zip(layout.sources, layout.specs, strict=True):
+        values[source.name], index[source.name] = _column(layout, source, spec, problems, bad)
+    good = [i for i in range(len(rows)) if i not in bad]
+    return Decoded(
+        rows=tuple(rows[i] for i in good),
+        splits=tuple(splits[i] for i in good),
+        target=target[good],
+        values=values,
+        index={name: places[good] for name, places in index.items()},
+        problems=tuple(sorted(problems, key=lambda problem: problem.line)),
+        bad_rows=len(bad) + unreadable_lines,
+    )
+
+
+def _about_columns(layout: Layout) -> list[Problem]:
+    return [
+        Problem(
+            line=0, id="", column=name, warning=True,
+            what="the column is not declared, so not used",
+            hint="add it to the declaration's modalities, or remove it",
+        )
+        for name in undeclared(layout.manifest)
+    ]  # fmt: skip
+
+
+def _check_rows(
+    layout: Layout, need_client: bool, problems: list[Problem], bad: set[int]
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Targets and splits of all rows; what is wrong with ids, splits, labels, clients."""
+    rows = layout.manifest.rows
+    media = [column for source in layout.all_sources for column in source.columns]
+    target = np.zeros(len(rows), dtype=np.float64)
+    splits: list[str] = []
+    first: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        name = row.cells["id"]
+        found: list[tuple[str, str, str]] = []
+        if not name:
+            found.append(("id", "the id is blank", "give each record its own id"))
+        elif first.setdefault(name, row.line) != row.line:
+            what = f"the id is that of line {first[name]} too"
+            found.append(("id", what, "give each record its own id"))
+        split = SPLITS.get(row.cells["split"].lower(), "")
+        splits.append(split)
+        if not split:
+            found.append(("split", "its split is unknown", "use train, valid or test"))
+        value = label_value(row.cells[layout.target_column], layout.target)
+        if value is None:
+            found.append((layout.target_column, *_bad_label(layout)))
+        else:
+            target[i] = value
+        if need_client and split == "train" and not row.cells.get("client", ""):
+            found.append(("client", "the client is blank", "say whose record it is"))
+        if all(row.cells[column].lower() in BLANKS for column in media):
+            hint = "a record needs at least one modality"
+            found.append(("", "all modalities are blank", hint))
+        for column, what, hint in found:
+            problems.append(Problem(line=row.line, id=name, column=column, what=what, hint=hint))
+            bad.add(i)
+    return target, splits
+
+
+def _bad_label(layout: Layout) -> tuple[str, str]:
+    classes = layout.target.classes
+    if not classes:
+        return "its target is not a finite number", "give each record a number"
+    shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    return f"its label is none of the {len(classes)} classes", f"the classes are {shown}"
+
+
+def _column(
+    layout: Layout, source: Source, spec: Spec, problems: list[Problem], bad: set[int]
+) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
+    """One modality: every different content once, and each row's place among them."""
+    users: dict[_Key, list[int]] = {}
+    for i, row in enumerate(layout.manifest.rows):
+        key = tuple(row.cells[column] for column in source.columns)
+        blank = BLANKS if source.kind is Kind.TABLE else ("",)
+        if any(cell.lower() not in blank for cell in key):
+            users.setdefault(key, []).append(i)
+    keys = list(users)
+    index = np.full(len(layout.manifest.rows), -1, dtype=np.int64)
+    arrays: list[NDArray[np.generic]] = []
+    read = _reader(layout.root, source, spec)
+    with ThreadPoolExecutor(max_workers=2) as pool:  # most decoders leave the interpreter's lock
+        for start in range(0, len(keys), _CHUNK):
+            chunk = keys[start : start + _CHUNK]
+            results = list(pool.map(read, chunk))
+            kept = [result for result in results if not isinstance(result, DataError)]
+            place = sum(len(array) for array in arrays)
+            for key, result in zip(chunk, results, strict=True):
+                if isinstance(result, DataError):
+                    _report(layout, source, users[key], result, problems, bad)
+                    continue
+                index[users[key]] = place
+                place += 1
+                if result.warning:
+                    warning = DataError(result.warning)
+                    _report(layout, source, users[key], warning, problems, None)
+            arrays.append(_finish([result.value for result in kept], spec))
+    empty = _finish([], spec)
+    return np.concatenate([empty, *arrays]), index
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    value: NDArray[np.generic]
+    warning: str = ""
+
+
+def _reader(root: Path, source: Source, spec: Spec) -> Callable[[_Key], _Read | DataError]:
+    def read(key: _Key) -> _Read | DataError:
+        try:
+            return _read(root, source, spec, key)
+        except DataError as error:
+            return error
+
+    return read
+
+
+def _read(root: Path, source: Source, spec: Spec, key: _Key) -> _Read:
+    cell = key[0]
+    match spec:
+        case ImageSpec():
+            return _Read(read_image(media_path(root, cell), spec))
+        case AudioSpec():
+            wave, rate = read_waveform(media_path(root, cell), spec)
+            declared = source.declared.sample_rate
+            differs = declared and rate != declared
+            what = f"{rate} samples a second, but {declared} are declared: it is resampled"
+            return _Read(wave, what if differs else "")
+        case TextSpec():
+            return _Read(token_ids(_text(root, cell), spec))
+        case TableSpec(columns=columns) if columns:
+            return _Read(read_cells(key, spec))
+        case TableSpec():
+            return _Read(fit_table(array_of(root, cell), spec))
+        case VectorSpec():
+            return _Read(fit_vector(array_of(root, cell), spec))
+        case SeriesSpec():
+            array = array_of(root, cell)
+            shape = source.declared.shape
+            series = fit_series(array, spec)
+            steps = shape[0] if len(shape) == 2 else len(array)
+            what = f"{len(array)} time steps, but {steps} are declared: cut or padded"
+            return _Read(series, what if len(array) != steps else "")
+
+
+def _text(root: Path, cell: str) -> str:
+    """The cell itself, or what is in the .txt file that it names."""
+    if not (cell.lower().endswith(".txt") and looks_like_path(cell)):
+        return cell
+    try:
+        return media_path(root, cell).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"text file {cell} is not UTF-8", hint="save it as UTF-8") from None
+
+
+def _finish(values: list[NDArray[np.generic]], spec: Spec) -> NDArray[np.generic]:
+    """The values of a chunk, stacked; waveforms become spectrograms together."""
+    if isinstance(spec, AudioSpec):
+        waves = np.array(values, dtype=np.float32).reshape(len(values), spec.samples)
+        return log_mel(waves, spec)
+    shape = (spec.width,) if isinstance(spec, TableSpec) else spec.shape
+    kind = "u1" if isinstance(spec, ImageSpec) else "i4" if isinstance(spec, TextSpec) else "f4"
+    return np.array(values, dtype=kind).reshape(len(values), *shape)
+
+
+def _report(
+    layout: Layout,
+    source: Source,
+    users: list[int],
+    error: DataError,
+    problems: list[Problem],
+    bad: set[int] | None,
+) -> None:
+    """A problem for every row that uses the content; `bad` None: a warning."""
+    for i in users:
+        row = layout.manifest.rows[i]
+        problems.append(
+            Problem(
+                line=row.line, id=row.cells["id"], column=source.name, what=error.what,
+                hint=error.hint, warning=bad is None,
+            )
+        )  # fmt: skip
+        if bad is not None:
+            bad.add(i)

@@ -1,0 +1,82 @@
+"""Images: a file to (C, S, S) pixels."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedfuse.data.media import read_bytes
+from fedfuse.errors import DataError
+
+__all__ = ["SUFFIXES", "ImageSpec", "image_facts", "read_image"]
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+_GRAY = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """`channels` is 1 (gray) or 3 (RGB), `size` the height and width in pixels."""
+
+    size: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S)."""
+        return self.channels, self.size, self.size
+
+
+def read_image(path: Path, spec: ImageSpec) -> NDArray[np.uint8]:
+    """The pixels of an image, (C, S, S), stretched bilinearly where it has another size.
+
+    Raises DataError where the file is empty, no image, or cut off.
+    """
+    image = _eight_bits(_open(path))
+    image = image.convert("L" if spec.channels == 1 else "RGB")
+    if image.size != (spec.size, spec.size):
+        image = image.resize((spec.size, spec.size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if spec.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def image_facts(path: Path) -> tuple[int, int]:
+    """(the longer side in pixels, channels: 1 or 3) of an image. Raises DataError."""
+    image = _open(path)
+    return max(image.size), 1 if image.mode in _GRAY else 3
+
+
+def _open(path: Path) -> Image.Image:
+    data = read_bytes(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except Exception as error:  # Pillow's plugins raise many types, all mean the same here
+        raise DataError(
+            f"image {path.name} cannot be decoded ({type(error).__name__})",
+            hint="is it complete? copy it again",
+        ) from None
+    if image.format == "PNG" and b"IEND" not in data:
+        raise DataError(f"image {path.name} is cut off", hint="copy it again")
+    return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep gray images as 8 bits; Pillow's own conversion would clip them."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = float(values.max(initial=0.0))
+        scale = 1 / 256 if top > 255 else 255.0 if image.mode == "F" and top <= 1 else 1.0
+        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
+    return image

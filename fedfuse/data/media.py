@@ -1,0 +1,80 @@
+"""From a cell to a file inside the data folder, and from an .npy file to an array."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfuse.errors import DataError
+
+__all__ = ["looks_like_path", "media_path", "read_array", "read_bytes"]
+
+_MEDIA = re.compile(r"[^\s]+\.[A-Za-z0-9]{1,5}")
+
+
+def looks_like_path(cell: str) -> bool:
+    """Whether `cell` reads as a file's name, not as a sentence."""
+    return len(cell) < 512 and _MEDIA.fullmatch(cell) is not None
+
+
+def media_path(root: Path, cell: str) -> Path:
+    """The file that `cell` names. `root` must be resolved.
+
+    Raises DataError where the path is absolute, leaves `root` (by ".." or a link) or is no file.
+    """
+    shown = f"file {cell}" if looks_like_path(cell) else "the file that its cell names"
+    try:
+        relative = Path(cell)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise _outside(shown)
+        path = (root / relative).resolve()
+        if not path.is_relative_to(root):
+            raise _outside(shown)
+        if path.is_file():
+            return path
+    except (OSError, ValueError, RuntimeError):
+        pass
+    raise DataError(f"{shown} is missing", hint="paths are relative to the manifest's folder")
+
+
+def _outside(shown: str) -> DataError:
+    return DataError(
+        f"{shown} leaves the data folder",
+        hint="keep media beside the manifest, and name them by relative paths",
+    )
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a media file. Raises DataError where it is empty or cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"file {path.name} cannot be read ({type(error).__name__})", hint="check its rights"
+        ) from None
+    if not data:
+        raise DataError(f"file {path.name} is empty", hint="copy it again")
+    return data
+
+
+def read_array(path: Path) -> NDArray[np.float32]:
+    """The numbers in an .npy file as float32; NaN and inf are left for the caller to judge.
+
+    Raises DataError where the file is no .npy of real numbers, or is cut off.
+    """
+    try:
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError, SyntaxError):
+        raise DataError(
+            f"file {path.name} cannot be read as .npy", hint="write it with numpy.save"
+        ) from None
+    if array.dtype.kind not in "fiub":
+        raise DataError(
+            f"file {path.name} holds {array.dtype}, not real numbers", hint="save it as float32"
+        )
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)

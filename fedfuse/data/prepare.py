@@ -1,0 +1,251 @@
+"""From a manifest to everything a run needs: train, valid and test records, and the nodes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfuse.batch import Schema, TargetKind
+from fedfuse.data.dataset import Column, Dataset
+from fedfuse.data.decode import Decoded, decode
+from fedfuse.data.layout import Layout, plan
+from fedfuse.data.manifest import Manifest, read_manifest
+from fedfuse.data.media import looks_like_path
+from fedfuse.data.normalise import normalise
+from fedfuse.data.partition import NodeShard, partition
+from fedfuse.data.problem import refuse
+from fedfuse.data.series import SeriesSpec
+from fedfuse.data.spec import DataConfig
+from fedfuse.data.table import TableSpec, with_flags
+from fedfuse.data.target import with_scale
+from fedfuse.data.vector import VectorSpec
+from fedfuse.errors import DataError
+
+__all__ = ["Prepared", "open_node", "open_split", "prepare"]
+
+_SHARDS = "shards.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A data set, decoded, on a public scale, split among nodes.
+
+    `notes`: everything that was inferred or assumed. `skipped`: records left out as bad.
+    `fingerprint`: SHA-256 over manifest, declaration, and names and sizes of the media.
+    `shared_files`: media files that several train records use. `repeated_subjects`: train subjects
+    with several records. Of either, a guarantee for one record does not cover the whole.
+    """
+
+    schema: Schema
+    train: Dataset
+    test: Dataset
+    valid: Dataset | None
+    shards: tuple[NodeShard, ...]
+    notes: tuple[str, ...]
+    skipped: int
+    fingerprint: str
+    shared_files: int
+    repeated_subjects: int
+
+    def node(self, number: int) -> Dataset:
+        """The train records of node `number`."""
+        shard = self.shards[number]
+        return self.train.take(shard.rows, absent=shard.absent)
+
+    def write(self, folder: Path) -> None:
+        """Stores all of it in `folder`, readable by its owner only, for `open_node`."""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        self.train.save(folder / "train")
+        self.test.save(folder / "test")
+        if self.valid is not None:
+            self.valid.save(folder / "valid")
+        for number, shard in enumerate(self.shards):
+            np.save(folder / f"shard-{number}.npy", shard.rows)
+        shards = [{"name": shard.name, "absent": shard.absent} for shard in self.shards]
+        (folder / _SHARDS).write_text(json.dumps(shards), encoding="utf-8")
+
+
+def open_node(folder: Path, number: int) -> tuple[str, Dataset]:
+    """(name, train records, memory-mapped) of a node in a folder that `Prepared.write` made."""
+    try:
+        shard = json.loads((folder / _SHARDS).read_text(encoding="utf-8"))[number]
+        rows = np.load(folder / f"shard-{number}.npy", allow_pickle=False)
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(
+            f"no node {number} here ({type(error).__name__})",
+            where=str(folder),
+            hint="prepare the data again",
+        ) from None
+    return shard["name"], Dataset.open(folder / "train").take(rows, absent=shard["absent"])
+
+
+def open_split(folder: Path, split: str) -> Dataset:
+    """The records of "train", "test" or "valid", memory-mapped. Raises DataError."""
+    return Dataset.open(folder / split)
+
+
+def prepare(config: DataConfig, *, seed: int) -> Prepared:
+    """The data set that `config` names. `seed` is the partition's.
+
+    Raises DataError where the manifest or a file is wrong (with config.skip_bad only where nothing
+    is left), or there are no train or no test records.
+    """
+    if not config.manifest:
+        raise DataError("no manifest is named", where="data.manifest", hint="give its path")
+    path = Path(config.manifest)
+    manifest = read_manifest(path)
+    need_client = config.partition == "client"
+    if need_client and "client" not in manifest.columns:
+        raise DataError(
+            "no column client",
+            where=str(path),
+            hint="name each record's client, or take another data.partition such as iid",
+        )
+    layout = plan(manifest, config)
+    decoded = decode(layout, need_client=need_client)
+    errors = [problem for problem in decoded.problems if not problem.warning]
+    if errors and not config.skip_bad:
+        raise refuse(errors, str(path))
+    notes = list(layout.notes)
+    splits = _split(layout, decoded, notes)
+    train = splits["train"]
+    shards = partition(train, config, seed)
+    skipped = decoded.bad_rows if errors else 0
+    shared, repeated = _shared_files(layout, decoded), _repeated(train.subjects)
+    notes += _about(decoded, layout, config, splits, shards, skipped, shared, repeated)
+    return Prepared(
+        schema=train.schema,
+        train=train,
+        test=splits["test"],
+        valid=splits["valid"] if len(splits["valid"]) else None,
+        shards=shards,
+        notes=tuple(dict.fromkeys(notes)),
+        skipped=skipped,
+        fingerprint=_fingerprint(manifest, layout),
+        shared_files=shared,
+        repeated_subjects=repeated,
+    )
+
+
+def _split(layout: Layout, decoded: Decoded, notes: list[str]) -> dict[str, Dataset]:
+    """The three splits, normalised by what is public."""
+    splits = np.array(decoded.splits, dtype=np.str_)
+    for name in ("train", "test"):
+        if name not in decoded.splits:
+            raise DataError(
+                f"no good {name} record",
+                where=str(layout.manifest.path),
+                hint="the column split needs train and test",
+            )
+    held = {name: decoded.target[splits == name].tolist() for name in ("valid", "test")}
+    target = with_scale(layout.target, layout.manifest.declaration, held, notes)
+    labels: NDArray[np.generic]
+    if target.kind is TargetKind.REGRESSION:
+        labels = ((decoded.target - target.centre) / target.scale).astype(np.float32)
+    else:
+        labels = decoded.target.astype(np.int64)
+    columns = _columns(layout, decoded, splits == "valid", notes)
+    cells = {
+        name: np.array([row.cells.get(name, "") for row in decoded.rows], dtype=np.str_)
+        for name in ("id", "client", "subject")
+    }
+    everything = Dataset(
+        layout.schema(target), columns, labels, cells["id"], cells["client"], cells["subject"]
+    )
+    return {
+        name: everything.take(np.flatnonzero(splits == name).astype(np.int64))
+        for name in ("train", "valid", "test")
+    }
+
+
+def _columns(
+    layout: Layout, decoded: Decoded, valid: NDArray[np.bool_], notes: list[str]
+) -> dict[str, Column]:
+    columns = {}
+    for source, spec in zip(layout.sources, layout.specs, strict=True):
+        values, index = decoded.values[source.name], decoded.index[source.name]
+        if isinstance(spec, VectorSpec | SeriesSpec | TableSpec):
+            raw = values.astype(np.float32, copy=False)
+            public = index[valid]
+            coded = spec.coded if isinstance(spec, TableSpec) else None
+            scaled = normalise(raw, source.declared, raw[public[public >= 0]], coded, notes)
+            values = with_flags(scaled) if isinstance(spec, TableSpec) else np.nan_to_num(scaled)
+        columns[source.name] = Column(values, index)
+    return columns
+
+
+def _about(
+    decoded: Decoded,
+    layout: Layout,
+    config: DataConfig,
+    splits: dict[str, Dataset],
+    shards: tuple[NodeShard, ...],
+    skipped: int,
+    shared: int,
+    repeated: int,
+) -> list[str]:
+    """What a reader of the report should know besides."""
+    notes = []
+    warnings = Counter(problem.what for problem in decoded.problems if problem.warning)
+    notes += [f"{count} times: {what}" for what, count in sorted(warnings.items())]
+    if skipped:
+        notes.append(f"{skipped} bad records left out, as asked")
+    seen = {name for name in (row.cells.get("client", "") for row in decoded.rows) if name}
+    idle = len(seen - set(splits["train"].clients.tolist()))
+    if config.partition == "client" and idle:
+        notes.append(f"{idle} clients have no train record, so they are no nodes")
+    used = sum(len(shard.rows) for shard in shards)
+    if used < len(splits["train"]):
+        notes.append(f"{len(shards)} nodes asked for: {len(splits['train']) - used} train records "
+                     "of other clients left out")  # fmt: skip
+    for name, dataset in splits.items():
+        missing = len(dataset) - int(
+            np.any([dataset.present(m) for m in dataset.schema.names], axis=0).sum()
+        )
+        if missing:
+            notes.append(f"{missing} {name} records have none of the modalities in use")
+    if shared:
+        notes.append(f"{shared} media files are used by several train records: a guarantee for one "
+                     "record does not cover such a file as a whole")  # fmt: skip
+    if repeated:
+        notes.append(f"{repeated} train subjects have several records: a guarantee for one record "
+                     "does not cover such a subject as a whole")  # fmt: skip
+    return notes
+
+
+def _shared_files(layout: Layout, decoded: Decoded) -> int:
+    cells: Counter[str] = Counter()
+    for row, split in zip(decoded.rows, decoded.splits, strict=True):
+        if split == "train":
+            cells.update({row.cells[name] for name in _media_columns(layout)} - {""})
+    return sum(n > 1 and looks_like_path(cell) for cell, n in cells.items())
+
+
+def _media_columns(layout: Layout) -> list[str]:
+    return [source.columns[0] for source in layout.sources if not source.table]
+
+
+def _repeated(subjects: NDArray[np.str_]) -> int:
+    _, counts = np.unique(subjects[subjects != ""], return_counts=True)
+    return int((counts > 1).sum())
+
+
+def _fingerprint(manifest: Manifest, layout: Layout) -> str:
+    digest = hashlib.sha256(manifest.path.read_bytes())
+    if manifest.declaration:
+        digest.update(manifest.declaration.path.read_bytes())
+    cells = {row.cells[name] for row in manifest.rows for name in _media_columns(layout)}
+    for cell in sorted(filter(looks_like_path, cells)):
+        try:
+            size = (manifest.root / cell).stat().st_size
+        except (OSError, ValueError):
+            continue
+        digest.update(f"\n{cell} {size}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,232 @@
+"""What a run shows while it runs, on stderr: a live view on a terminal, else a line each round.
+
+Both are the observer that `fedfuse.federation.simulate.simulate` reports to.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from rich.bar import Bar
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from fedfuse.federation.simulate import Observer, RoundRecord, RunInfo
+
+__all__ = ["LineView", "LiveView", "progress"]
+
+BAR = 40
+
+
+@contextmanager
+def progress(*, quiet: bool, stream: TextIO | None = None) -> Iterator[Observer]:
+    """The observer that fits: nothing, a line each round, or a live view on a terminal."""
+    stream = stream or sys.stderr
+    console = Console(file=stream)
+    if quiet:
+        yield Silence()
+    elif console.is_interactive and console.is_terminal:
+        view = LiveView()
+        with Live(view, console=console, refresh_per_second=8):
+            yield view
+    else:
+        yield LineView(stream)
+
+
+class Silence:
+    """Shows nothing."""
+
+    def prepared(self, info: RunInfo) -> None: ...
+
+    def round_started(self, round: int) -> None: ...
+
+    def node_finished(self, round: int, name: str, problem: str | None) -> None: ...
+
+    def round_finished(self, record: RoundRecord) -> None: ...
+
+
+class LineView:
+    """One plain line for each round, one for each node that failed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._clock = Clock()
+
+    def prepared(self, info: RunInfo) -> None:
+        self._write(headline(info))
+        if not info.private:
+            self._write("NOT PRIVATE: nothing in this run is protected")
+        self._clock.start()
+
+    def round_started(self, round: int) -> None: ...
+
+    def node_finished(self, round: int, name: str, problem: str | None) -> None:
+        if problem:
+            self._write(f"round {round}: node {name} failed: {problem}")
+
+    def round_finished(self, record: RoundRecord) -> None:
+        self._clock.tick(record)
+        width = len(str(record.rounds))
+        nodes = f"{record.nodes_ok} nodes"
+        if record.failures:
+            nodes += f", {len(record.failures)} failed"
+        self._write(
+            "  ".join(
+                (
+                    f"round {record.round:>{width}}/{record.rounds}",
+                    *(f"{name} {value:.4g}" for name, value in in_order(record.metrics)),
+                    spent(record),
+                    nodes,
+                    f"{record.seconds:.1f} s",
+                    f"{duration(self._clock.left)} left",
+                )
+            )
+        )
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+class LiveView:
+    """A panel that is drawn again and again: rounds, nodes, loss, metrics, epsilon, time left."""
+
+    def __init__(self) -> None:
+        self._clock = Clock()
+        self._info: RunInfo | None = None
+        self._record: RoundRecord | None = None
+        self._first: RoundRecord | None = None
+        self._round = 0
+        self._finished: list[bool] = []
+
+    def prepared(self, info: RunInfo) -> None:
+        self._info = info
+        self._clock.start()
+
+    def round_started(self, round: int) -> None:
+        self._round = round
+        self._finished = []
+
+    def node_finished(self, round: int, name: str, problem: str | None) -> None:
+        self._finished = [*self._finished, problem is None]
+
+    def round_finished(self, record: RoundRecord) -> None:
+        self._clock.tick(record)
+        self._record = record
+        self._first = self._first or record
+
+    def __rich__(self) -> RenderableType:
+        info = self._info
+        if info is None:
+            return Text("preparing: reading the data, starting the workers ...", style="dim")
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", min_width=8)
+        table.add_column()
+        table.add_row("rounds", self._rounds(info))
+        table.add_row("nodes", self._nodes(info))
+        for name, value in in_order(self._record.metrics) if self._record else ():
+            table.add_row(name, self._metric(name, value))
+        table.add_row("privacy", self._privacy(info))
+        return Panel(table, title=headline(info), title_align="left", padding=(0, 1))
+
+    def _rounds(self, info: RunInfo) -> RenderableType:
+        done = self._record.round if self._record else 0
+        return _bar(done, info.rounds, f"{done}/{info.rounds}, {duration(self._clock.left)} left")
+
+    def _nodes(self, info: RunInfo) -> RenderableType:
+        marks = Text()
+        shown = self._finished[-BAR:]
+        for fine in shown:
+            marks.append("●" if fine else "✗", style="green" if fine else "bold red")
+        waiting = max(0, min(info.nodes, BAR) - len(shown))
+        marks.append("○" * waiting, style="dim")
+        marks.append(f"  {len(self._finished)} of {info.nodes} in round {self._round}")
+        return marks
+
+    def _metric(self, name: str, value: float) -> RenderableType:
+        text = Text(f"{value:.4g}")
+        before = self._first.metrics.get(name) if self._first else None
+        if before is not None and self._first is not self._record and self._first:
+            text.append(f"  from {before:.4g} after round {self._first.round}", style="dim")
+        return text
+
+    def _privacy(self, info: RunInfo) -> RenderableType:
+        if not info.private:
+            return Text("NOT PRIVATE", style="bold white on red")
+        record = self._record
+        if record is None or record.epsilon is None:
+            return Text("nothing spent yet", style="dim")
+        allowed = record.epsilon_allowed
+        label = f"epsilon {record.epsilon:.2f}"
+        return _bar(record.epsilon, allowed, f"{label} of {allowed:g}") if allowed else Text(label)
+
+
+class Clock:
+    """Time left, from how long the rounds since the start took."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._ticks = 0
+        self.left: float | None = None
+
+    def start(self) -> None:
+        """Leave out what came before."""
+        self._began = time.monotonic()
+
+    def tick(self, record: RoundRecord) -> None:
+        """A round is done."""
+        self._ticks += 1
+        mean = (time.monotonic() - self._began) / self._ticks
+        self.left = mean * (record.rounds - record.round)
+
+
+def headline(info: RunInfo) -> str:
+    """One line: what runs where.
+
+    The name, the nodes, the engine, and what goes in and comes out.
+    """
+    return f"{info.name}: {info.nodes} nodes, {info.rounds} rounds, engine {info.engine}"
+
+
+def in_order(metrics: dict[str, float]) -> list[tuple[str, float]]:
+    """The loss first, then the rest as they come."""
+    return sorted(metrics.items(), key=lambda item: item[0] != "loss")
+
+
+def spent(record: RoundRecord) -> str:
+    """What a round left of the budget, in words."""
+    if record.epsilon is None:
+        return "NOT PRIVATE"
+    allowed = f" of {record.epsilon_allowed:g}" if record.epsilon_allowed else ""
+    return f"epsilon {record.epsilon:.2f}{allowed}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(8.2), duration(200), duration(8000), duration(None)
+    ('8 s', '3:20 min', '2:13 h', '?')
+    """
+    if seconds is None:
+        return "?"
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def _bar(done: float, whole: float, label: str) -> RenderableType:
+    row = Table.grid(padding=(0, 1))
+    row.add_row(
+        Bar(whole, 0, min(done, whole), width=BAR, color="cyan", bgcolor="grey23"), Text(label)
+    )
+    return row

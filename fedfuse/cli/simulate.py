@@ -1,0 +1,244 @@
+"""`fedfuse simulate`: a whole federation on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from fedfuse.cli.scenario import Flags, configuration
+from fedfuse.config import ENGINES, RunConfig
+from fedfuse.errors import DataError, RunFolderError, UsageError
+from fedfuse.privacy.spec import Unit
+
+UNITS = (Unit.RECORD.value, Unit.NONE.value)
+DEMO_PREFIX = "fedfuse-demo-"
+
+OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""No run looks anything up; whoever wants it otherwise sets these before."""
+
+
+def simulate(
+    scenario: Annotated[
+        Path | None, typer.Argument(help="See simulations/.", metavar="[SCENARIO.toml]")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="The manifest; without one, a demo data set is made.", metavar="MANIFEST"
+        ),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="How many nodes.", metavar="N")] = None,
+    rounds: Annotated[int | None, typer.Option(help="How many rounds.", metavar="N")] = None,
+    epsilon: Annotated[
+        str | None, typer.Option(help="The most that a node may spend.", metavar="E")
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="What is protected.", click_type=click.Choice(UNITS)),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="What runs the nodes.", click_type=click.Choice(ENGINES)),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of weights and partition, never of privacy noise.", metavar="N"),
+    ] = None,
+    modalities: Annotated[
+        str | None, typer.Option(help="Only these modalities.", metavar="A,B")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out and count records with an error.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any setting, as train.rounds=5; repeatable.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run folder.  [default: runs/<name>-<date>-<time>]", metavar="DIR"),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with an interrupted run.", metavar="RUN")
+    ] = None,
+    demo_dir: Annotated[
+        Path | None, typer.Option(help="Keep the demo data set here.", metavar="DIR")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the run folder's path and nothing else.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Train a fusion model across simulated nodes, privately unless you say otherwise.
+
+    \b
+    Examples:
+      fedfuse simulate                                   demo data, epsilon 8
+      fedfuse simulate simulations/digits.toml --data digits/manifest.csv
+      fedfuse simulate --data m.csv --epsilon 3 --rounds 40 --set model.fusion=attention
+      fedfuse simulate --unit none                       NOT PRIVATE, to compare with
+      fedfuse simulate --resume runs/demo-20250131-101500
+    """
+    flags = Flags(
+        scenario=scenario,
+        data=data,
+        nodes=nodes,
+        rounds=rounds,
+        epsilon=epsilon,
+        unit=unit,
+        engine=engine,
+        seed=seed,
+        modalities=modalities,
+        skip_bad=skip_bad,
+        settings=tuple(settings or ()),
+    )
+    if resume is not None:
+        config, run = _resumed(resume, flags, out), resume
+    else:
+        config = configuration(flags)
+        run = out or _fresh_folder(config.name)
+    _run(config, run, demo_dir=demo_dir, resume=resume is not None, quiet=quiet, as_json=as_json)
+
+
+def _run(
+    config: RunConfig, run: Path, *, demo_dir: Path | None, resume: bool, quiet: bool, as_json: bool
+) -> None:
+    from fedfuse.cli.progress import progress
+
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
+    try:
+        with _with_data(config, demo_dir, quiet=quiet) as ready, progress(quiet=quiet) as view:
+            from fedfuse.federation.simulate import simulate as federate
+
+            summary = federate(ready, run, observer=view, resume=resume)
+    except KeyboardInterrupt:
+        _draw(run)
+        _say_what_is_saved(config, run)
+        raise typer.Exit(130) from None
+    except Exception:
+        _draw(run)
+        raise
+    _draw(run)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    elif quiet:
+        click.echo(run)
+    else:
+        from fedfuse.cli.summary import describe
+
+        click.echo(describe(summary, run))
+
+
+def _resumed(run: Path, flags: Flags, out: Path | None) -> RunConfig:
+    """The configuration that an interrupted run was started with."""
+    given = (*flags.given, *(("--out",) if out else ()))
+    if given:
+        raise UsageError(
+            f"--resume goes on with the run as it was, so it takes no {given[0]}",
+            hint=f"fedfuse simulate --resume {run}",
+        )
+    path = run / "config.toml"
+    if not path.is_file():
+        raise RunFolderError(
+            "no run folder here: it has no config.toml",
+            where=str(run),
+            hint="give the folder that the interrupted run named",
+        )
+    return RunConfig.from_toml(path)
+
+
+def _fresh_folder(name: str) -> Path:
+    """A folder under runs/ that does not exist yet, named after the run and the time."""
+    stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    first = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, count = first, 1
+    while path.exists():
+        count += 1
+        path = first.with_name(f"{first.name}-{count}")
+    return path
+
+
+@contextmanager
+def _with_data(config: RunConfig, demo_dir: Path | None, *, quiet: bool) -> Iterator[RunConfig]:
+    """The configuration with a manifest that exists, made for the time of the run if need be."""
+    manifest = Path(config.data.manifest)
+    if config.data.manifest and demo_dir is not None:
+        raise UsageError("--demo-dir, but the data is given", hint="leave one of them out")
+    if config.data.manifest and manifest.is_file():
+        yield config
+    elif config.data.manifest and not manifest.parent.name.startswith(DEMO_PREFIX):
+        raise DataError(
+            "no such manifest",
+            where=str(manifest),
+            hint="check data.manifest or --data; without one, a demo data set is made",
+        )
+    elif config.data.manifest:  # a run on demo data that is gone; it comes back as it was
+        yield from _passing_demo(config, manifest.parent, quiet=quiet)
+    elif demo_dir is not None:
+        yield _on_demo(config, demo_dir, quiet=quiet)
+    else:
+        yield from _passing_demo(config, Path(tempfile.mkdtemp(prefix=DEMO_PREFIX)), quiet=quiet)
+
+
+def _passing_demo(config: RunConfig, folder: Path, *, quiet: bool) -> Iterator[RunConfig]:
+    try:
+        yield _on_demo(config, folder, quiet=quiet)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _on_demo(config: RunConfig, folder: Path, *, quiet: bool) -> RunConfig:
+    from fedfuse.data.demo import make_demo
+
+    manifest = folder / "manifest.csv"
+    if not manifest.is_file():
+        if not quiet:
+            click.echo("no data given: making the demo data set", err=True)
+        manifest = make_demo(folder)
+    return replace(config, data=replace(config.data, manifest=str(manifest.absolute())))
+
+
+def _draw(run: Path) -> None:
+    """The run's curves, as far as it came. A picture that fails costs a line, never the run."""
+    if not (run / "metrics.jsonl").is_file():
+        return
+    from fedfuse.reports.curves import write_curves
+
+    try:
+        write_curves(run)
+    except Exception as error:
+        click.echo(f"note: no curves were drawn: {error}", err=True)
+
+
+def _say_what_is_saved(config: RunConfig, run: Path) -> None:
+    lines = run / "metrics.jsonl"
+    done = len(lines.read_text(encoding="utf-8").splitlines()) if lines.is_file() else 0
+    if not (run / "config.toml").is_file():
+        click.echo("interrupted before the first round; nothing was saved", err=True)
+        return
+    click.echo(f"interrupted; {done} of {config.train.rounds} rounds are saved in {run}", err=True)
+    click.echo(f"hint: go on with: fedfuse simulate --resume {run}", err=True)

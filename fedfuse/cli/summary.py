@@ -1,0 +1,73 @@
+"""What a finished run says at its end: how good, how private, and where everything is."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["describe"]
+
+WIDTH = 100
+INDENT = 11
+
+FILES = {
+    "summary.json": "this summary, for scripts",
+    "config.toml": "the whole configuration: fedfuse simulate config.toml runs it again",
+    "metrics.jsonl": "one line a round",
+    "events.jsonl": "the books: what each node spent in each round",
+    "model.safetensors": "the trained weights",
+    "model.toml": "what they are the weights of",
+    "plots/metrics.png": "metric and loss by round",
+    "plots/privacy.png": "epsilon by round",
+}
+
+
+def describe(summary: Mapping[str, Any], run: Path) -> str:
+    """The end of a run as text, from its summary and its folder."""
+    return "\n".join(_lines(summary, run))
+
+
+def _lines(summary: Mapping[str, Any], run: Path) -> Iterator[str]:
+    headline = summary["headline"]
+    result = f"{headline['value']:.4g}"
+    if summary.get("majority") is not None:
+        result += f"  (the best constant answer: {summary['majority']:.4g})"
+    yield ""
+    yield _row(headline["name"], result)
+    others = [
+        f"{name} {value:.4g}"
+        for name, value in summary["metrics"].items()
+        if name != headline["name"] and isinstance(value, int | float)
+    ]
+    if others:
+        yield _row("", ", ".join(others))
+    privacy = summary["privacy"]
+    if not privacy["private"]:
+        yield _row("privacy", "*** NOT PRIVATE ***  " + privacy["statement"])
+    else:
+        yield _row("privacy", privacy["statement"])
+    for name in ("assumptions", "notes"):
+        for index, text in enumerate(summary.get(name) or ()):
+            yield _row(name if not index else "", f"- {text}")
+    yield _row("run", str(run))
+    there = {name: about for name, about in FILES.items() if (run / name).is_file()}
+    width = max(map(len, there), default=0)
+    for name, about in there.items():
+        yield f"{'':{INDENT}}  {name:<{width}}  {about}"
+
+
+def _row(name: str, text: str) -> str:
+    """`name` in the left column, `text` wrapped in the right one."""
+    label = name.replace("_", " ")
+    first = f"{label:<{INDENT}}  "
+    return textwrap.fill(
+        text,
+        width=WIDTH,
+        initial_indent=first,
+        subsequent_indent=" " * (INDENT + 2),
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )

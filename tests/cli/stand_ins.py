@@ -1,0 +1,111 @@
+"""Stand-ins for the parts below the command line, so that its tests start no training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fedfuse.config import RunConfig
+
+
+@dataclass
+class Result:
+    """What one command line did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Fake:
+    """A federation that only reports: what it was asked for, and what it should do."""
+
+    asked: list[tuple[RunConfig, Path, bool]] = field(default_factory=list)
+    rounds: int = 3
+    stop_with: BaseException | None = None
+    stop_after: int = 2
+    manifests_seen: list[bool] = field(default_factory=list)
+
+    def __call__(
+        self, config: RunConfig, out: Path, *, observer: Any, resume: bool = False
+    ) -> dict[str, Any]:
+        self.asked.append((config, out, resume))
+        self.manifests_seen.append(Path(config.data.manifest).is_file())
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        observer.prepared(info_of(config, rounds=self.rounds))
+        with (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
+            for number in range(1, self.rounds + 1):
+                if self.stop_with and number > self.stop_after:
+                    lines.flush()
+                    raise self.stop_with
+                observer.round_started(number)
+                observer.node_finished(number, "alpha", None)
+                observer.node_finished(number, "beta", "OSError" if number == 2 else None)
+                record = record_of(config, number, self.rounds)
+                observer.round_finished(record)
+                lines.write(json.dumps(vars(record)) + "\n")
+        summary = summary_of(config)
+        (out / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        return summary
+
+
+def make_demo(directory: Path, **_: object) -> Path:
+    """An empty manifest where the demo's would be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = directory / "manifest.csv"
+    manifest.write_text("id,split,client,label\n", encoding="utf-8")
+    return manifest
+
+
+def info_of(config: RunConfig, *, rounds: int) -> Any:
+    """What `prepared` is told."""
+    return SimpleNamespace(
+        name=config.name,
+        nodes=2,
+        rounds=rounds,
+        engine=config.federation.engine,
+        private=config.private,
+    )
+
+
+def record_of(config: RunConfig, number: int, rounds: int) -> Any:
+    """What `round_finished` is told."""
+    return SimpleNamespace(
+        round=number,
+        rounds=rounds,
+        metrics={"accuracy": 0.2 * number, "loss": 1 / number},
+        epsilon=2.0 * number if config.private else None,
+        epsilon_allowed=config.privacy.epsilon if config.private else None,
+        nodes_ok=1 if number == 2 else 2,
+        failures={"beta": "OSError"} if number == 2 else {},
+        seconds=0.5,
+        bytes_sent=1000,
+        bytes_received=1000,
+    )
+
+
+def summary_of(config: RunConfig) -> dict[str, Any]:
+    """What a finished run says."""
+    private = config.private
+    return {
+        "status": "finished",
+        "name": config.name,
+        "headline": {"name": "accuracy", "value": 0.6},
+        "metrics": {"accuracy": 0.6, "loss": 0.3333},
+        "majority": 0.25,
+        "privacy": {
+            "private": private,
+            "statement": (
+                "Against the server, one record of a node: epsilon = 6 at delta = 1e-05."
+                if private
+                else "nothing in this run is protected."
+            ),
+        },
+        "assumptions": ["Every record is one person's only record."],
+        "notes": [],
+    }

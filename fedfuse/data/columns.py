@@ -21,7 +21,7 @@ TABLE = "table"
 """The modality that all scalar columns become together."""
 
 _MOST_CATEGORIES = 32
-_PROSE = frozenset("text note notes report question sentence caption comment transcript".split())
+_PROSE = {"text", "note", "notes", "report", "question", "sentence", "caption", "comment"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,11 @@ class Source:
     columns: tuple[str, ...]
     declared: DeclaredModality
     table: tuple[TableColumn, ...] = ()
+
+    def present(self, cells: tuple[str, ...]) -> bool:
+        """Whether a record with these cells, one for each of `columns`, has the modality."""
+        blank = BLANKS if self.table else frozenset({""})
+        return any(cell.lower() not in blank for cell in cells)
 
 
 def undeclared(manifest: Manifest) -> tuple[str, ...]:
@@ -167,11 +172,7 @@ def _array_kind(manifest: Manifest, name: str, cells: list[str]) -> Kind:
             continue
         if array.ndim in (1, 2):
             return Kind.VECTOR if 1 in (array.ndim, array.shape[0]) else Kind.SERIES
-    raise DataError(
-        f"column {name}: none of the first .npy files is a vector or a series",
-        where=str(manifest.path),
-        hint="each record is (features,) or (time, features)",
-    )
+    return Kind.VECTOR  # nothing readable: each record becomes a problem
 
 
 def _categorical(name: str, cells: list[str], categories: list[str]) -> bool:

@@ -220,7 +220,8 @@ def _modality(name: str, said: Any, path: Path) -> DeclaredModality:
 
 _IMAGE_FILE = re.compile(r"\b(png|jpe?g|bmp|gif|tiff?|webp)\b")
 _AUDIO_FILE = re.compile(r"\b(wav|wave|flac|ogg|mp3|aiff?)\b")
-_TABLE = re.compile(r"\b(table|tabular|missing|nan|categor\w*)\b")
+_TABLE = re.compile(r"\b(table|tabular|categor\w*)\b")
+_DIMS = re.compile(r"\b([12])\s*-?\s*d\b")
 _SHAPE = re.compile(r"[(\[]\s*(\d+(?:\s*[,x×]\s*\d+)*)\s*,?\s*[)\]]")
 _SIZE = re.compile(r"(\d+)\s*[x×]\s*(\d+)")
 _WIDTH = re.compile(r"\b(\d+)\s*-?\s*(?:d|dims?|dimension\w*|features?|values|numbers|floats?)\b")
@@ -257,7 +258,7 @@ def _shape(text: str) -> tuple[int, ...]:
     found = _SHAPE.search(text)
     if found:
         return tuple(int(n) for n in re.findall(r"\d+", found[1]))
-    width = _WIDTH.search(text)
+    width = _WIDTH.search(_DIMS.sub(" ", text))  # "1-D" is no length
     return (int(width[1]),) if width else ()
 
 
@@ -270,7 +271,10 @@ def _kind(name: str, text: str, shape: tuple[int, ...]) -> Kind | None:
     if _TABLE.search(text) or name in ("table", "tabular"):
         return Kind.TABLE
     if "npy" in text or "numpy" in text:
-        return {1: Kind.VECTOR, 2: Kind.SERIES}.get(len(shape))
+        if re.search(r"\bnan\b", text):
+            return Kind.TABLE
+        dims = _DIMS.search(text)
+        return {1: Kind.VECTOR, 2: Kind.SERIES}.get(len(shape) or int(dims[1] if dims else 0))
     for kind, words in (
         (Kind.SERIES, r"time.?series|series|sensor|imu|sequence"),
         (Kind.VECTOR, r"vectors?|embeddings?|features?"),

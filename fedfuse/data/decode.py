@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfuse.batch import Kind
 from fedfuse.data.audio import AudioSpec, log_mel, read_waveform
 from fedfuse.data.columns import Source, undeclared
 from fedfuse.data.image import ImageSpec, read_image
-from fedfuse.data.inline import BLANKS
 from fedfuse.data.layout import Layout, Spec, array_of
 from fedfuse.data.manifest import SPLITS, Row
-from fedfuse.data.media import looks_like_path, media_path
+from fedfuse.data.media import looks_like_path, media_path, quiet
 from fedfuse.data.problem import Problem
 from fedfuse.data.series import SeriesSpec, fit_series
 from fedfuse.data.table import TableSpec, fit_table, read_cells
@@ -29,6 +27,7 @@ from fedfuse.errors import DataError
 __all__ = ["Decoded", "decode"]
 
 _CHUNK = 256
+_SAMPLES = 1 << 23  # of sound at once, so that memory stays bounded
 _Key = tuple[str, ...]
 
 
@@ -88,7 +87,6 @@ def _check_rows(
 ) -> tuple[NDArray[np.float64], list[str]]:
     """Targets and splits of all rows; what is wrong with ids, splits, labels, clients."""
     rows = layout.manifest.rows
-    media = [column for source in layout.all_sources for column in source.columns]
     target = np.zeros(len(rows), dtype=np.float64)
     splits: list[str] = []
     first: dict[str, int] = {}
@@ -111,7 +109,7 @@ def _check_rows(
             target[i] = value
         if need_client and split == "train" and not row.cells.get("client", ""):
             found.append(("client", "the client is blank", "say whose record it is"))
-        if all(row.cells[column].lower() in BLANKS for column in media):
+        if not any(s.present(tuple(row.cells[c] for c in s.columns)) for s in layout.all_sources):
             hint = "a record needs at least one modality"
             found.append(("", "all modalities are blank", hint))
         for column, what, hint in found:
@@ -135,16 +133,16 @@ def _column(
     users: dict[_Key, list[int]] = {}
     for i, row in enumerate(layout.manifest.rows):
         key = tuple(row.cells[column] for column in source.columns)
-        blank = BLANKS if source.kind is Kind.TABLE else ("",)
-        if any(cell.lower() not in blank for cell in key):
+        if source.present(key):
             users.setdefault(key, []).append(i)
     keys = list(users)
     index = np.full(len(layout.manifest.rows), -1, dtype=np.int64)
     arrays: list[NDArray[np.generic]] = []
     read = _reader(layout.root, source, spec)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # most decoders leave the interpreter's lock
-        for start in range(0, len(keys), _CHUNK):
-            chunk = keys[start : start + _CHUNK]
+    step = max(1, min(_CHUNK, _SAMPLES // spec.samples)) if isinstance(spec, AudioSpec) else _CHUNK
+    with quiet(), ThreadPoolExecutor(max_workers=2) as pool:  # most decoders release the GIL
+        for start in range(0, len(keys), step):
+            chunk = keys[start : start + step]
             results = list(pool.map(read, chunk))
             kept = [result for result in results if not isinstance(result, DataError)]
             place = sum(len(array) for array in arrays)

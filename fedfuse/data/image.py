@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fedfuse.errors import DataError
 __all__ = ["SUFFIXES", "ImageSpec", "image_facts", "read_image"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+_MOST_PIXELS = 1 << 26
 _GRAY = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -55,16 +55,19 @@ def image_facts(path: Path) -> tuple[int, int]:
 def _open(path: Path) -> Image.Image:
     data = read_bytes(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)
-            image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height <= _MOST_PIXELS:
             image.load()
     except Exception as error:  # Pillow's plugins raise many types, all mean the same here
         raise DataError(
             f"image {path.name} cannot be decoded ({type(error).__name__})",
             hint="is it complete? copy it again",
         ) from None
+    if image.width * image.height > _MOST_PIXELS:
+        raise DataError(
+            f"image {path.name} has {image.width} x {image.height} pixels, too many to decode",
+            hint="store it smaller",
+        )
     if image.format == "PNG" and b"IEND" not in data:
         raise DataError(f"image {path.name} is cut off", hint="copy it again")
     return image

@@ -18,7 +18,7 @@ from fedfuse.data.columns import Source, find_sources
 from fedfuse.data.image import ImageSpec, image_facts
 from fedfuse.data.inline import numbers
 from fedfuse.data.manifest import SPLITS, Manifest
-from fedfuse.data.media import looks_like_path, media_path, read_array
+from fedfuse.data.media import looks_like_path, media_path, quiet, read_array
 from fedfuse.data.series import SeriesSpec
 from fedfuse.data.spec import DataConfig
 from fedfuse.data.table import TableSpec
@@ -78,7 +78,8 @@ def plan(manifest: Manifest, config: DataConfig) -> Layout:
     )
     root = manifest.root.resolve()
     probe = _Probe(manifest, root)
-    specs = tuple(_spec(source, config, probe, notes) for source in sources)
+    with quiet():
+        specs = tuple(_spec(source, config, probe, notes) for source in sources)
     return Layout(
         manifest=manifest,
         root=root,
@@ -164,8 +165,7 @@ def _image(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) 
         facts, _ = probe.look(
             source, lambda cell: image_facts(media_path(probe.root, cell)), notes, "size or colour"
         )
-        if not facts:
-            raise _nothing_readable(source, probe)
+        facts = facts or [(_MOST_PIXELS, 3)]  # nothing readable: each record becomes a problem
         size = size or min(Counter(fact[0] for fact in facts).most_common(1)[0][0], _MOST_PIXELS)
         channels = channels if channels in (1, 3) else max(fact[1] for fact in facts)
     return ImageSpec(size=size, channels=channels)
@@ -181,8 +181,7 @@ def _audio(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) 
         facts, held = probe.look(
             source, lambda cell: audio_facts(media_path(probe.root, cell)), notes, what
         )
-        if not facts:
-            raise _nothing_readable(source, probe)
+        facts = facts or [(8000, 1.0)]  # nothing readable: each record becomes a problem
         rate = rate or Counter(fact[0] for fact in facts).most_common(1)[0][0]
         if not seconds:
             seconds = min(max(fact[1] for fact in facts), _MOST_SECONDS) if held else 1.0
@@ -201,8 +200,14 @@ def _array(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) 
             shapes = [
                 (array.size,) for array in arrays if array.size == max(array.shape, default=1)
             ]
-        if not shapes:
-            raise _nothing_readable(source, probe)
+        if arrays and not shapes:
+            needed = "(time, features)" if dims == 2 else "(features,)"
+            raise DataError(
+                f"column {source.columns[0]}: its arrays have shapes such as {arrays[0].shape}",
+                where=str(probe.manifest.path),
+                hint=f"save each record of a {source.kind} as {needed}",
+            )
+        shapes = shapes or [(1,) * dims]  # nothing readable: each record becomes a problem
         width = Counter(shape[-1] for shape in shapes).most_common(1)[0][0]
         steps = min(max(shape[0] for shape in shapes), _MOST_STEPS)
         shape = (steps, width) if dims == 2 else (width,)
@@ -211,11 +216,3 @@ def _array(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) 
     if source.kind is Kind.TABLE:
         return TableSpec(features=shape[0])
     return VectorSpec(features=shape[0])
-
-
-def _nothing_readable(source: Source, probe: _Probe) -> DataError:
-    return DataError(
-        f"column {source.columns[0]}: none of its first records can be read as {source.kind}",
-        where=str(probe.manifest.path),
-        hint=f"fedfuse data check {probe.manifest.path} tells why",
-    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedfuse.errors import DataError
 
-__all__ = ["looks_like_path", "media_path", "read_array", "read_bytes"]
+__all__ = ["looks_like_path", "media_path", "quiet", "read_array", "read_bytes"]
 
 _MEDIA = re.compile(r"[^\s]+\.[A-Za-z0-9]{1,5}")
 
@@ -18,6 +21,14 @@ _MEDIA = re.compile(r"[^\s]+\.[A-Za-z0-9]{1,5}")
 def looks_like_path(cell: str) -> bool:
     """Whether `cell` reads as a file's name, not as a sentence."""
     return len(cell) < 512 and _MEDIA.fullmatch(cell) is not None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of decoding libraries. Not thread-safe: enter it before starting threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def media_path(root: Path, cell: str) -> Path:

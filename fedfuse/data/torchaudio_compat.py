@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from types import ModuleType
 from typing import Any
 
 __all__ = ["load_torchaudio"]
 
 
+_LOCK = threading.Lock()
+
+
 def load_torchaudio() -> Any:
     """The torchaudio module, with its transforms and functional parts."""
+    with _LOCK:
+        return _load()
+
+
+def _load() -> Any:
     try:
         torchaudio = importlib.import_module("torchaudio")
     except OSError:

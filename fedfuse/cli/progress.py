@@ -1,6 +1,6 @@
 """What a run shows while it runs, on stderr: a live view on a terminal, else a line each round.
 
-Both are the observer that `fedfuse.federation.simulate.simulate` reports to.
+Both are the observer that `fedfuse.federation` reports to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from fedfuse.federation.simulate import Observer, RoundRecord, RunInfo
+    from fedfuse.federation.observer import Observer, RoundRecord, RunInfo
 
 __all__ = ["LineView", "LiveView", "progress"]
 
@@ -32,25 +32,15 @@ def progress(*, quiet: bool, stream: TextIO | None = None) -> Iterator[Observer]
     stream = stream or sys.stderr
     console = Console(file=stream)
     if quiet:
-        yield Silence()
+        from fedfuse.federation.observer import Silent
+
+        yield Silent()
     elif console.is_interactive and console.is_terminal:
         view = LiveView()
         with Live(view, console=console, refresh_per_second=8):
             yield view
     else:
         yield LineView(stream)
-
-
-class Silence:
-    """Shows nothing."""
-
-    def prepared(self, info: RunInfo) -> None: ...
-
-    def round_started(self, round: int) -> None: ...
-
-    def node_finished(self, round: int, name: str, problem: str | None) -> None: ...
-
-    def round_finished(self, record: RoundRecord) -> None: ...
 
 
 class LineView:
@@ -64,6 +54,8 @@ class LineView:
         self._write(headline(info))
         if not info.private:
             self._write("NOT PRIVATE: nothing in this run is protected")
+        for text in (*info.assumptions, *info.notes):
+            self._write(f"note: {text}")
         self._clock.start()
 
     def round_started(self, round: int) -> None: ...
@@ -82,7 +74,7 @@ class LineView:
             "  ".join(
                 (
                     f"round {record.round:>{width}}/{record.rounds}",
-                    *(f"{name} {value:.4g}" for name, value in in_order(record.metrics)),
+                    *(f"{name} {value:.4g}" for name, value in in_order(record.metrics)[:2]),
                     spent(record),
                     nodes,
                     f"{record.seconds:.1f} s",
@@ -137,7 +129,7 @@ class LiveView:
         return Panel(table, title=headline(info), title_align="left", padding=(0, 1))
 
     def _rounds(self, info: RunInfo) -> RenderableType:
-        done = self._record.round if self._record else 0
+        done = self._record.round if self._record else info.first_round - 1
         return _bar(done, info.rounds, f"{done}/{info.rounds}, {duration(self._clock.left)} left")
 
     def _nodes(self, info: RunInfo) -> RenderableType:
@@ -145,9 +137,9 @@ class LiveView:
         shown = self._finished[-BAR:]
         for fine in shown:
             marks.append("●" if fine else "✗", style="green" if fine else "bold red")
-        waiting = max(0, min(info.nodes, BAR) - len(shown))
+        waiting = max(0, min(len(info.nodes), BAR) - len(shown))
         marks.append("○" * waiting, style="dim")
-        marks.append(f"  {len(self._finished)} of {info.nodes} in round {self._round}")
+        marks.append(f"  {len(self._finished)} of {len(info.nodes)} in round {self._round}")
         return marks
 
     def _metric(self, name: str, value: float) -> RenderableType:
@@ -188,15 +180,17 @@ class Clock:
 
 
 def headline(info: RunInfo) -> str:
-    """One line: what runs where.
-
-    The name, the nodes, the engine, and what goes in and comes out.
-    """
-    return f"{info.name}: {info.nodes} nodes, {info.rounds} rounds, engine {info.engine}"
+    """One line: what runs where."""
+    count = len(info.nodes)
+    nodes = f"{count} node{'s' if count != 1 else ''}"
+    return (
+        f"{info.name}: {nodes}, {info.rounds} rounds, {info.parameters:,} parameters,"
+        f" engine {info.engine} on {info.device}"
+    )
 
 
 def in_order(metrics: dict[str, float]) -> list[tuple[str, float]]:
-    """The loss first, then the rest as they come."""
+    """The loss first, then the rest as they come: the headline before the others."""
     return sorted(metrics.items(), key=lambda item: item[0] != "loss")
 
 

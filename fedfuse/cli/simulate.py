@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -24,16 +23,6 @@ from fedfuse.privacy.spec import Unit
 
 UNITS = (Unit.RECORD.value, Unit.NONE.value)
 DEMO_PREFIX = "fedfuse-demo-"
-
-OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
-"""No run looks anything up; whoever wants it otherwise sets these before."""
 
 
 def simulate(
@@ -128,8 +117,6 @@ def _run(
 ) -> None:
     from fedfuse.cli.progress import progress
 
-    for name, value in OFFLINE.items():
-        os.environ.setdefault(name, value)
     try:
         with _with_data(config, demo_dir, quiet=quiet) as ready, progress(quiet=quiet) as view:
             from fedfuse.federation.simulate import simulate as federate
@@ -161,14 +148,9 @@ def _resumed(run: Path, flags: Flags, out: Path | None) -> RunConfig:
             f"--resume goes on with the run as it was, so it takes no {given[0]}",
             hint=f"fedfuse simulate --resume {run}",
         )
-    path = run / "config.toml"
-    if not path.is_file():
-        raise RunFolderError(
-            "no run folder here: it has no config.toml",
-            where=str(run),
-            hint="give the folder that the interrupted run named",
-        )
-    return RunConfig.from_toml(path)
+    from fedfuse.runfolder import RunFolder
+
+    return RunFolder.open(run).config()
 
 
 def _fresh_folder(name: str) -> Path:
@@ -235,9 +217,11 @@ def _draw(run: Path) -> None:
 
 
 def _say_what_is_saved(config: RunConfig, run: Path) -> None:
-    lines = run / "metrics.jsonl"
-    done = len(lines.read_text(encoding="utf-8").splitlines()) if lines.is_file() else 0
-    if not (run / "config.toml").is_file():
+    from fedfuse.runfolder import RunFolder
+
+    try:
+        done = len(RunFolder.open(run).metrics())
+    except RunFolderError:
         click.echo("interrupted before the first round; nothing was saved", err=True)
         return
     click.echo(f"interrupted; {done} of {config.train.rounds} rounds are saved in {run}", err=True)

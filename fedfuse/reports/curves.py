@@ -6,7 +6,6 @@ each time.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedfuse.config import RunConfig
-from fedfuse.errors import RunFolderError
+from fedfuse.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +62,7 @@ class Curves:
     epsilon_allowed: float
     rounds: tuple[int, ...]
     metrics: dict[str, tuple[float, ...]]
-    epsilon: tuple[float | None, ...]
+    epsilon: tuple[float, ...]
     headline: str
     majority: float | None
 
@@ -93,14 +91,8 @@ def write_curves(run: Path) -> tuple[Path, ...]:
 
 
 def _read(run: Path) -> Curves:
-    config_path, lines_path = run / "config.toml", run / "metrics.jsonl"
-    if not config_path.is_file():
-        raise RunFolderError("no config.toml: this is no run folder", where=str(run))
-    config = RunConfig.from_toml(config_path)
-    text = lines_path.read_text(encoding="utf-8") if lines_path.is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    summary_path = run / "summary.json"
-    summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.is_file() else {}
+    folder = RunFolder.open(run)
+    config, lines, summary = folder.config(), folder.metrics(), folder.summary() or {}
     names = list(dict.fromkeys(name for line in lines for name in line["metrics"]))
     others = [name for name in names if name != "loss"]
     return Curves(
@@ -111,12 +103,17 @@ def _read(run: Path) -> Curves:
         epsilon_allowed=config.privacy.epsilon,
         rounds=tuple(line["round"] for line in lines),
         metrics={
-            name: tuple(float(line["metrics"].get(name, "nan")) for line in lines) for name in names
+            name: tuple(_number(line["metrics"].get(name)) for line in lines) for name in names
         },
-        epsilon=tuple(line.get("epsilon") for line in lines),
+        epsilon=tuple(_number(line.get("epsilon")) for line in lines),
         headline=summary.get("headline", {}).get("name") or (others or ["loss"])[0],
         majority=summary.get("majority"),
     )
+
+
+def _number(value: float | None) -> float:
+    """`value`, or NaN, which leaves a gap, where it is absent or no number."""
+    return value if value is not None and math.isfinite(value) else math.nan
 
 
 @contextmanager
@@ -184,10 +181,7 @@ def _privacy(figure: Figure, curves: Curves) -> None:
             color=RED,
         )
         return
-    spent = [
-        value if value is not None and math.isfinite(value) else math.nan
-        for value in curves.epsilon
-    ]
+    spent = curves.epsilon
     _line(axes, curves.rounds, spent, GREEN)
     axes.fill_between(curves.rounds, spent, color=GREEN, alpha=0.12, linewidth=0)
     axes.axhline(curves.epsilon_allowed, color=RED, linestyle=(0, (4, 3)), linewidth=1.5)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fedfuse.config import RunConfig
+from fedfuse.federation.observer import RoundRecord, RunInfo
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Fake:
                 observer.node_finished(number, "beta", "OSError" if number == 2 else None)
                 record = record_of(config, number, self.rounds)
                 observer.round_finished(record)
-                lines.write(json.dumps(vars(record)) + "\n")
+                lines.write(json.dumps(asdict(record)) + "\n")
         summary = summary_of(config)
         (out / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return summary
@@ -62,23 +62,35 @@ def make_demo(directory: Path, **_: object) -> Path:
     return manifest
 
 
-def info_of(config: RunConfig, *, rounds: int) -> Any:
+def info_of(config: RunConfig, *, rounds: int) -> RunInfo:
     """What `prepared` is told."""
-    return SimpleNamespace(
+    private = config.private
+    return RunInfo(
         name=config.name,
-        nodes=2,
-        rounds=rounds,
         engine=config.federation.engine,
-        private=config.private,
+        workers=2,
+        device="cpu",
+        nodes=("alpha", "beta"),
+        rounds=rounds,
+        first_round=1,
+        parameters=12345,
+        private=private,
+        epsilon=config.privacy.epsilon if private else None,
+        delta=config.privacy.delta if private else None,
+        sigma=1.5 if private else None,
+        sample_rate=config.privacy.sample_rate if private else None,
+        expected_batch=32.0,
+        assumptions=(),
+        notes=("the sizes of image were inferred",),
     )
 
 
-def record_of(config: RunConfig, number: int, rounds: int) -> Any:
+def record_of(config: RunConfig, number: int, rounds: int) -> RoundRecord:
     """What `round_finished` is told."""
-    return SimpleNamespace(
+    return RoundRecord(
         round=number,
         rounds=rounds,
-        metrics={"accuracy": 0.2 * number, "loss": 1 / number},
+        metrics={"accuracy": 0.2 * number, "loss": 1 / number, "macro_f1": 0.1 * number},
         epsilon=2.0 * number if config.private else None,
         epsilon_allowed=config.privacy.epsilon if config.private else None,
         nodes_ok=1 if number == 2 else 2,

@@ -85,7 +85,7 @@ def test_version_answers_at_once() -> None:
         (("simulate", "nosuch.toml"), 3, "nosuch.toml: no such file", "simulations/"),
         (("simulate", "--data", "nosuch.csv"), 4, "nosuch.csv: no such manifest", "--data"),
         (("simulate", "--data", "a.csv", "--demo-dir", "d"), 2, "--demo-dir", "leave one"),
-        (("simulate", "--resume", "nosuch"), 8, "nosuch: no run folder", "the interrupted run"),
+        (("simulate", "--resume", "nosuch"), 8, "nosuch: no run is here", "config.toml"),
         (("simulate", "--resume", "r", "--rounds", "3"), 2, "--rounds", "--resume r"),
         (("simulate", "--resume", "r", "--set", "seed=3"), 2, "--set", "--resume r"),
         (("simulate", "--resume", "r", "s.toml"), 2, "SCENARIO.toml", "--resume r"),

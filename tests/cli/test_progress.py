@@ -6,8 +6,9 @@ import io
 
 from rich.console import Console
 
-from fedfuse.cli.progress import LineView, LiveView, Silence, progress
+from fedfuse.cli.progress import LineView, LiveView, progress
 from fedfuse.config import RunConfig
+from fedfuse.federation.observer import Silent
 from tests.cli.stand_ins import info_of, record_of
 
 PRIVATE = RunConfig(name="clinics")
@@ -61,7 +62,7 @@ def test_a_stream_that_is_no_terminal_gets_lines() -> None:
 def test_quiet_shows_nothing() -> None:
     stream = io.StringIO()
     with progress(quiet=True, stream=stream) as view:
-        assert isinstance(view, Silence)
+        assert isinstance(view, Silent)
         view.prepared(info_of(PRIVATE, rounds=3))
         view.round_finished(record_of(PRIVATE, 1, 3))
     assert stream.getvalue() == ""

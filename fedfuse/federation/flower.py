@@ -1,0 +1,119 @@
+"""What fedfuse knows of Flower's insides, all in one place.
+
+Three touches are private: the identity of the process that makes messages (`TaskIdentity`), the
+id that a message gets (`_message_id`), and a message made from metadata. A test says so when
+Flower changes one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Message, Metadata, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = ["RUN_ID", "SERVER_ID", "GridView", "quiet", "received", "take_identity", "with_id"]
+
+RUN_ID = 1
+"""The run's number in the loopback engine, which has one run."""
+SERVER_ID = 0
+"""The server's own number there; nodes are 1 to N."""
+
+
+def take_identity() -> None:
+    """Lets this process make messages, as the server of the loopback engine's one run."""
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = RUN_ID
+    TaskIdentity.node_id = SERVER_ID
+
+
+def with_id(message: Message) -> Message:
+    """`message`, with an id of its own, as a SuperLink gives it."""
+    message.metadata.__dict__["_message_id"] = uuid4().hex
+    return message
+
+
+def received(content: RecordDict, metadata: Metadata) -> Message:
+    """The message that has come with `metadata`."""
+    make: Any = Message  # the argument is there for Flower's own use, so it isn't in its types
+    message: Message = make(content=content, metadata=metadata)
+    return message
+
+
+class GridView(Grid):
+    """A grid that shows only some of its nodes, so that a strategy sends to those."""
+
+    def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
+        self._grid = grid
+        self._nodes = nodes
+
+    @staticmethod
+    def reply(content: RecordDict) -> Message:
+        """A message that holds `content` and came from nowhere in particular."""
+        return Message(content, dst_node_id=SERVER_ID, message_type="train")
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes shown."""
+        return list(self._nodes)
+
+    def set_run(self, run: Run) -> None:
+        """As the grid behind it."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """As the grid behind it."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """As Flower's own grids."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the grid behind it."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the grid behind it."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """As the grid behind it."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+@contextmanager
+def quiet(log: Path, *, verbose: bool = False) -> Iterator[None]:
+    """Flower's and Ray's chatter goes to the file `log`; `verbose` leaves it on the console too."""
+    handler = logging.FileHandler(log, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("flwr", "ray", "fedfuse.node")]
+    before = [(logger, list(logger.handlers), logger.propagate) for logger in loggers]
+    for logger in loggers:
+        if not verbose:
+            logger.handlers.clear()
+            logger.propagate = False
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate in before:
+            logger.handlers[:] = handlers
+            logger.propagate = propagate
+        handler.close()

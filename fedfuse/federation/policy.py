@@ -1,0 +1,110 @@
+"""What a node allows, whoever asks: its own promise, and which error texts may leave.
+
+The server is never trusted here. What it announces only decides how much the run would cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fedfuse.errors import BudgetExceeded, ConfigError, DataError, FedfuseError, PrivacyError
+from fedfuse.federation.wire import TrainRequest, mechanism_of
+from fedfuse.privacy import accounting
+from fedfuse.privacy.spec import Event, Mechanism, PrivacyConfig, Unit
+
+__all__ = ["Policy", "affordable", "scrubbed"]
+
+_PATH = re.compile(r"(?:[A-Za-z]:)?(?:~|\.{0,2})[/\\][^\s'\",;:()]+")
+_FAR = 10.0
+"""An RDP epsilon this many times above the limit is refused without a closer look. RDP lies at
+most about 4 times above the tight bound, and the tight bound of an absurd request takes all the
+memory there is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """One node's own promise. `noise_seed` is for simulations only."""
+
+    unit: Unit
+    epsilon: float
+    delta: float
+    noise_seed: str = ""
+
+    @classmethod
+    def of(cls, privacy: PrivacyConfig) -> Policy:
+        """The promise in a configuration that the node itself wrote."""
+        return cls(
+            unit=Unit(privacy.unit),
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            noise_seed=privacy.noise_seed,
+        )
+
+    @classmethod
+    def of_node(cls, settings: Mapping[str, object]) -> Policy:
+        """The promise in a real node's own settings. Raises ConfigError where there is none."""
+        if settings.get("not-private") is True:
+            return cls(unit=Unit.NONE, epsilon=0.0, delta=0.0)
+        epsilon, delta = settings.get("max-epsilon"), settings.get("delta")
+        if not isinstance(epsilon, int | float) or not isinstance(delta, int | float):
+            raise ConfigError(
+                "the node's settings hold no promise",
+                where="node config",
+                hint="set max-epsilon and delta, or not-private=true",
+            )
+        return cls(unit=Unit.RECORD, epsilon=float(epsilon), delta=float(delta))
+
+    def allow(self, request: TrainRequest, history: Iterable[Event]) -> Mechanism | None:
+        """The mechanism to run, if the node may; None where nothing is promised.
+
+        All that the node has run or reserved, and the whole rest of the run as announced, must
+        stay within the promise: a run that cannot be finished is not begun.
+
+        Raises BudgetExceeded, or PrivacyError where another promise is asked for.
+        """
+        mechanism = request.job.mechanism
+        if self.unit is Unit.NONE and mechanism is None:
+            return None
+        if mechanism is None or mechanism.unit is not self.unit:
+            asked = Unit.NONE if mechanism is None else mechanism.unit
+            raise PrivacyError(
+                f'this node promises unit "{self.unit}", but "{asked}" was asked for'
+            )
+        ahead = request.rounds - request.round + 1
+        rest = dataclasses.replace(mechanism, steps=mechanism.steps * ahead)
+        past = [mechanism_of(event) for event in history]
+        if not affordable([*past, rest], self.epsilon, self.delta):
+            raise BudgetExceeded(
+                f"{ahead} rounds of {mechanism.steps} steps (q = {mechanism.sample_rate:g}, "
+                f"sigma = {mechanism.noise_multiplier:g}), after {len(past)} rounds before, would "
+                f"spend more than epsilon = {self.epsilon:g} (delta = {self.delta:g})",
+                hint="ask for fewer rounds or steps, or for more noise",
+            )
+        return mechanism
+
+
+def affordable(mechanisms: Iterable[Mechanism], epsilon: float, delta: float) -> bool:
+    """Whether `mechanisms` together cost at most `epsilon`; quick also for absurd requests."""
+    total = list(mechanisms)
+    try:
+        above = accounting.epsilon_rdp(total, delta)
+    except (ValueError, ArithmeticError, OverflowError):
+        return False
+    if not above <= _FAR * epsilon + _FAR:  # also refuses NaN
+        return False
+    return above <= epsilon or accounting.within(total, epsilon, delta)
+
+
+def scrubbed(error: BaseException) -> str:
+    """What may leave about `error`: its class, and a text that was made of public settings.
+
+    Texts of other libraries can quote records and paths, and texts about data can quote counts,
+    so of those only the class leaves.
+    """
+    kind = type(error).__name__
+    if not isinstance(error, FedfuseError) or isinstance(error, DataError):
+        return kind
+    return f"{kind}: {_PATH.sub('<path>', error.what)[:400]}"

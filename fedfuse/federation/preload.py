@@ -1,0 +1,16 @@
+"""Imported by the process that workers are forked from, so that they start with all of it loaded.
+
+The accountant loads its libraries on first use, so it is used once.
+"""
+
+from fedfuse.federation import worker
+from fedfuse.privacy import accounting
+from fedfuse.privacy.spec import Mechanism, Unit
+
+__all__ = ["worker"]
+
+accounting.within(
+    [Mechanism(unit=Unit.RECORD, sample_rate=0.5, noise_multiplier=20.0, clip_norm=1.0, steps=1)],
+    1.0,
+    1e-5,
+)

@@ -1,0 +1,141 @@
+"""The engine "ray": the same two apps under Flower's own simulation runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedfuse.errors import FederationError
+from fedfuse.federation.flower import GridView
+
+__all__ = ["run_on_ray"]
+
+_PULL_S = 0.1
+
+
+def run_on_ray(
+    server: ServerApp, client: ClientApp, *, nodes: int, workers: int = 0, verbose: bool = False
+) -> None:
+    """Runs `server` with `nodes` nodes that answer by `client`.
+
+    A KeyboardInterrupt reaches the server between two looks for replies, since Flower runs it in
+    a thread of its own, and comes out here. Raises FederationError where Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise FederationError(
+            "Ray is not installed",
+            where="federation.engine = ray",
+            hint='pip install "fedfuse[ray]", or take federation.engine = "loopback"',
+        )
+    from flwr.simulation import run_simulation
+
+    stop = threading.Event()
+    failure: list[BaseException] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Any) -> None:
+        try:
+            server(_Stoppable(grid, stop), context)
+        except BaseException as error:
+            # Flower passes on an Exception only; this one is raised again below.
+            failure.append(error)
+
+    settings: dict[str, Any] = {"include_dashboard": False, "log_to_driver": verbose}
+    if workers:
+        settings["num_cpus"] = workers
+    if not verbose:
+        settings["logging_level"] = logging.ERROR
+    gpus = _gpu_share(workers)
+    with _environment(), _interrupts(stop):
+        run_simulation(
+            server_app=app,
+            client_app=client,
+            num_supernodes=nodes,
+            backend_config={
+                "init_args": settings,
+                "client_resources": {"num_cpus": 1, "num_gpus": gpus},
+            },
+        )
+    if failure:
+        raise failure[0]
+
+
+class _Stoppable(GridView):
+    """A grid that looks for a stop while it waits for replies."""
+
+    def __init__(self, grid: Grid, stop: threading.Event) -> None:
+        super().__init__(grid, ())
+        self._stop = stop
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All the nodes of the grid behind it."""
+        return self._grid.get_node_ids()
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """The replies that came within `timeout` seconds. Raises KeyboardInterrupt on a stop."""
+        waiting = set(self.push_messages(messages))
+        end = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and (end is None or time.monotonic() < end):
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            come = list(self.pull_messages(waiting))
+            replies += come
+            waiting -= {message.metadata.reply_to_message_id for message in come}
+            if waiting:
+                time.sleep(_PULL_S)
+        return replies
+
+
+def _gpu_share(workers: int) -> float:
+    """The part of a GPU that each of Ray's actors gets."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    actors = workers or len(os.sched_getaffinity(0))
+    return min(1.0, gpus / actors) if gpus else 0.0
+
+
+@contextmanager
+def _interrupts(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set `stop` instead of breaking Flower's main loop in two."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Flower adds to PYTHONPATH for Ray's workers; afterwards it is as it was."""
+    before = os.environ.get("PYTHONPATH")
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH", None)
+        if before is not None:
+            os.environ["PYTHONPATH"] = before

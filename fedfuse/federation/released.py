@@ -1,0 +1,74 @@
+"""The released model, out of its run and back into memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fedfuse import __version__
+from fedfuse.batch import Kind, Modality, Schema, Target, TargetKind
+from fedfuse.config import RunConfig
+from fedfuse.errors import RunFolderError
+from fedfuse.models.model import FusionModel, build_model
+from fedfuse.models.spec import ModelConfig
+from fedfuse.runfolder import RunFolder
+from fedfuse.tasks import Task
+from fedfuse.train import Trainer, pick_device
+
+__all__ = ["describe", "open_model"]
+
+
+def describe(schema: Schema, config: RunConfig) -> dict[str, Any]:
+    """What is needed to build the model again, as plain values."""
+    target = schema.target
+    return {
+        "fedfuse": __version__,
+        "name": config.name,
+        "private": config.private,
+        "seed": config.seed,
+        "vocabulary": config.data.vocabulary,
+        "model": asdict(config.model),
+        "target": {
+            "kind": target.kind.value,
+            "classes": list(target.classes),
+            "centre": target.centre,
+            "scale": target.scale,
+        },
+        "modality": [
+            {"name": m.name, "kind": m.kind.value, "shape": list(m.shape)}
+            for m in schema.modalities
+        ],
+    }
+
+
+def open_model(folder: RunFolder, device: str = "cpu") -> tuple[FusionModel, Schema]:
+    """The released model, ready to predict, and what its records look like.
+
+    Raises RunFolderError where the folder holds no such model.
+    """
+    weights, text = folder.model()
+    try:
+        schema = Schema(
+            modalities=tuple(
+                Modality(name=m["name"], kind=Kind(m["kind"]), shape=tuple(m["shape"]))
+                for m in text["modality"]
+            ),
+            target=Target(
+                kind=TargetKind(text["target"]["kind"]),
+                classes=tuple(text["target"]["classes"]),
+                centre=float(text["target"]["centre"]),
+                scale=float(text["target"]["scale"]),
+            ),
+        )
+        model = build_model(
+            schema, ModelConfig(**text["model"]), vocabulary=text["vocabulary"], seed=text["seed"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"model.toml does not describe a model: {error!r}",
+            where=str(folder.path),
+            hint=f"it was written by fedfuse {text.get('fedfuse', '?')}, this is {__version__}",
+        ) from None
+    Trainer(model, Task.of(schema.target).loss, pick_device(device)).load(weights)
+    model.eval()
+    return model, schema

@@ -1,0 +1,139 @@
+"""The rounds of a run: ask, gather, aggregate, and again.
+
+Flower's own `Strategy.start` has no checkpoint, no resume and no deadline, so the loop is here;
+what it calls is Flower's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from flwr.serverapp import Grid
+
+from fedfuse.config import RunConfig, TrainConfig
+from fedfuse.federation.strategy import Aggregate, GuardedStrategy
+from fedfuse.federation.wire import (
+    TrainRequest,
+    Weights,
+    config_digest,
+    encode,
+    record_bytes,
+    template_of,
+)
+from fedfuse.privacy.spec import Mechanism
+from fedfuse.train import Job
+
+__all__ = ["Listener", "Outcome", "federate", "job_of", "learning_rate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A finished round."""
+
+    round: int
+    asked: dict[int, str]
+    """The nodes that were asked, by number: their names, as far as known."""
+    aggregate: Aggregate
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
+
+
+class Listener(Protocol):
+    """Keeps what a run must not lose."""
+
+    def round_starts(self, request: TrainRequest, asked: dict[int, str]) -> None:
+        """Called before a node is asked."""
+        ...
+
+    def round_ends(self, outcome: Outcome) -> None:
+        """Called once the new weights are there."""
+        ...
+
+
+def federate(
+    grid: Grid,
+    *,
+    config: RunConfig,
+    mechanism: Mechanism | None,
+    strategy: GuardedStrategy,
+    weights: Weights,
+    first: int,
+    last: int,
+    names: dict[int, str],
+    listener: Listener,
+) -> None:
+    """Runs the rounds `first` to `last`, from `weights`.
+
+    1. draw nodes; announce the round, the last round and the deadline to each
+    2. gather replies until all are there or the time is up
+    3. check each, aggregate the good ones
+    4. hand the outcome to `listener`, and go on from its weights
+
+    `mechanism`: of one round, in every node; None promises nothing. `names`: of nodes by number,
+    completed here as they answer. Raises FederationError where too few updates are good.
+    """
+    digest, template = config_digest(config), template_of(weights)
+    timeout = config.federation.round_timeout_s
+    for round in range(first, last + 1):
+        began = time.monotonic()
+        request = TrainRequest(
+            round=round,
+            rounds=last,
+            deadline=time.time() + timeout,
+            digest=digest,
+            job=job_of(config, mechanism, round),
+            arrays=encode(weights),
+        )
+        messages = strategy.configure_train(request, grid, seed=config.seed)
+        nodes = [message.metadata.dst_node_id for message in messages]
+        asked = {node: names.get(node, f"node {node}") for node in nodes}
+        listener.round_starts(request, asked)
+        sent = sum(record_bytes(message.content) for message in messages)
+        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        received = sum(record_bytes(reply.content) for reply in replies if reply.has_content())
+        aggregate = strategy.aggregate_train(request, replies, asked=asked, template=template)
+        weights = aggregate.weights
+        names |= {sender: reply.node for sender, reply in aggregate.replies.items()}
+        listener.round_ends(
+            Outcome(
+                round=round,
+                asked=asked,
+                aggregate=aggregate,
+                seconds=time.monotonic() - began,
+                bytes_sent=sent,
+                bytes_received=received,
+            )
+        )
+
+
+def job_of(config: RunConfig, mechanism: Mechanism | None, round: int) -> Job:
+    """What a node is asked to do in `round`."""
+    train, privacy = config.train, config.privacy
+    if mechanism is not None:
+        mechanism = dataclasses.replace(mechanism, steps=train.local_steps)
+    fedprox = config.federation.strategy == "fedprox"
+    return Job(
+        steps=train.local_steps,
+        optimizer=train.optimizer,
+        learning_rate=learning_rate(train, round),
+        momentum=train.momentum,
+        proximal_mu=config.federation.proximal_mu if fedprox else 0.0,
+        physical_batch=train.physical_batch,
+        batch_size=train.batch_size,
+        expected_batch=(
+            privacy.sample_rate * privacy.declared_records if mechanism else train.batch_size
+        ),
+        mechanism=mechanism,
+    )
+
+
+def learning_rate(train: TrainConfig, round: int) -> float:
+    """The learning rate of `round`; "cosine" goes from the full rate towards 0."""
+    if train.schedule == "constant":
+        return train.learning_rate
+    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (round - 1) / train.rounds))

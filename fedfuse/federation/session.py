@@ -1,0 +1,226 @@
+"""The server's side of one run: it conducts the rounds, keeps the books, and loses nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedfuse.batch import Schema
+from fedfuse.config import RunConfig
+from fedfuse.data.dataset import Dataset
+from fedfuse.evaluate import evaluate
+from fedfuse.federation import spending
+from fedfuse.federation.node import trainer_for
+from fedfuse.federation.observer import Observer, RoundRecord
+from fedfuse.federation.released import describe
+from fedfuse.federation.rounds import Outcome, federate
+from fedfuse.federation.strategy import build_strategy
+from fedfuse.federation.wire import TrainRequest, event_of
+from fedfuse.privacy.spec import Event, Mechanism
+from fedfuse.runfolder import Checkpoint, RunFolder
+from fedfuse.tasks import Task
+
+__all__ = ["Session"]
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One run, as its server sees it. A listener of `federate`, and a source for the summary."""
+
+    config: RunConfig
+    """With sigma and declared_records resolved."""
+    mechanism: Mechanism | None
+    """Of one round."""
+    folder: RunFolder
+    schema: Schema
+    test: Dataset
+    observer: Observer
+    nodes: tuple[str, ...] = ()
+    """All names, where the server knows them: in a simulation."""
+    first: int = 1
+    last: int = 1
+    events: list[Event] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+    record: RoundRecord | None = None
+    """Of the last finished round."""
+    done: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.task = Task.of(self.schema.target)
+        self._trainer = trainer_for(self.config, self.schema)
+        self._strategy = build_strategy(self.config.federation, self.config.private)
+        self._weights = self._trainer.weights()
+        self._told: set[str] = set()
+        self.parameters = sum(
+            p.numel() for p in self._trainer.model.parameters() if p.requires_grad
+        )
+        self.device = str(self._trainer.device)
+        self.done = self.first - 1
+
+    def resume(self) -> tuple[str, ...]:
+        """Goes on from the last checkpoint, the budget included; tells what became different.
+
+        With a noise seed a round that is run again is the very same release, so what was booked
+        of it is dropped. Otherwise it stays spent, and the run ends earlier by as much as that.
+        """
+        privacy = self.config.privacy
+        checkpoint = self.folder.checkpoint()
+        done = checkpoint.round if checkpoint else 0
+        self.folder.forget_after(done, events=bool(privacy.noise_seed))
+        self.events = self.folder.events()
+        if checkpoint is not None:
+            self._weights = dict(checkpoint.weights)
+            self._strategy.restore(dict(checkpoint.strategy))
+            self.first, self.done = done + 1, done
+            self.seconds = float(checkpoint.extra.get("seconds", 0.0))
+        notes = [f"resumed after round {done}"]
+        if self.mechanism is not None:
+            left = spending.rounds_left(
+                spending.by_node(self.events),
+                self.mechanism,
+                self.config.train.rounds - done,
+                epsilon=privacy.epsilon,
+                delta=privacy.delta,
+            )
+            if done + left < self.last:
+                notes.append(
+                    f"what was broken off stays spent, so the run ends after round {done + left} "
+                    f"of {self.last}"
+                )
+            self.last = done + left
+        return tuple(notes)
+
+    def conduct(self, grid: Grid) -> None:
+        """Runs the rounds that are left."""
+        federate(
+            grid,
+            config=self.config,
+            mechanism=self.mechanism,
+            strategy=self._strategy,
+            weights=self._weights,
+            first=self.first,
+            last=self.last,
+            names=self.names,
+            listener=self,
+        )
+
+    def round_starts(self, request: TrainRequest, asked: dict[int, str]) -> None:
+        """Reserves for all that are asked: from here on it counts, whatever happens."""
+        self._told = set()
+        self._began = time.monotonic()
+        if self.mechanism is not None:
+            self.folder.begin_round(self._reserved(request.round, asked, set()))
+        self.observer.round_started(request.round)
+
+    def on_reply(self, node: int, message: Message) -> None:
+        """Tells the observer of one node's reply as soon as it is there; nothing rests on it."""
+        name, problem = self.names.get(node, f"node {node}"), None
+        if message.has_error():
+            problem = str(message.error.reason)
+        else:
+            config = dict(message.content.config_records.get("config") or {})
+            if config.get("status") != "ok":
+                problem = str(config.get("problem", "no answer that can be read"))
+        self._tell(self.done + 1, name, problem)
+
+    def round_ends(self, outcome: Outcome) -> None:
+        """Evaluates, and puts everything of the round on the disk before the next one starts."""
+        aggregate = outcome.aggregate
+        self._weights = aggregate.weights
+        self._trainer.load(aggregate.weights)
+        metrics = evaluate(self._trainer.model, self.test, self.task, device=self._trainer.device)
+        events = self._spent(outcome)
+        self.events += events
+        for name, problem in aggregate.failures.items():
+            self._tell(outcome.round, name, problem)
+        for reply in aggregate.replies.values():
+            self._tell(outcome.round, reply.node, None)
+        privacy = self.config.privacy
+        nodes = spending.by_node(self.events)
+        self.record = RoundRecord(
+            round=outcome.round,
+            rounds=self.last,
+            metrics=metrics,
+            epsilon=spending.worst(nodes, privacy.delta) if self.mechanism else None,
+            epsilon_allowed=privacy.epsilon if self.mechanism else None,
+            nodes_ok=sum(reply.status == "ok" for reply in aggregate.replies.values()),
+            failures=aggregate.failures,
+            seconds=time.monotonic() - self._began,
+            bytes_sent=outcome.bytes_sent,
+            bytes_received=outcome.bytes_received,
+        )
+        self.seconds += self.record.seconds
+        self.folder.end_round(events, _row(self.record), self._checkpoint(outcome.round))
+        self.done = outcome.round
+        self.observer.round_finished(self.record)
+
+    def release(self) -> None:
+        """Writes the model as it stands after the last finished round."""
+        if self.done:
+            self.folder.write_model(self._weights, describe(self.schema, self.config))
+
+    def final_metrics(self) -> dict[str, float]:
+        """The model's figures on the test records, as it stands."""
+        self._trainer.load(self._weights)
+        return evaluate(self._trainer.model, self.test, self.task, device=self._trainer.device)
+
+    def abandon(self) -> None:
+        """Enters a round that was broken off in the books: what was reserved counts."""
+        reserved = self.folder.reserved()
+        self.events += reserved
+        if reserved:
+            self.folder.append_events(reserved)
+
+    def _checkpoint(self, round: int) -> Checkpoint:
+        return Checkpoint(
+            round=round,
+            weights=self._weights,
+            strategy=self._strategy.state(),
+            extra={"seconds": self.seconds},
+        )
+
+    def _spent(self, outcome: Outcome) -> list[Event]:
+        """The books' lines for a round: a node whose answer is missing or unreadable counts too."""
+        if self.mechanism is None:
+            return []
+        replies = outcome.aggregate.replies
+        told = [reply.event for reply in replies.values() if reply.event is not None]
+        silent = {node: name for node, name in outcome.asked.items() if node not in replies}
+        heard = {reply.node for reply in replies.values()}
+        return [*told, *self._reserved(outcome.round, silent, heard)]
+
+    def _reserved(self, round: int, asked: dict[int, str], heard: set[str]) -> list[Event]:
+        """Events for nodes that may spend, or may have spent.
+
+        Where a name is not known yet, every node that was not `heard` of may be the one.
+        """
+        if self.mechanism is None or not asked:
+            return []
+        known = all(node in self.names for node in asked)
+        names: Iterable[str] = (
+            asked.values() if known or not self.nodes else set(self.nodes) - heard
+        )
+        return [
+            event_of(self.mechanism, node=name, round=round, status="reserved")
+            for name in sorted(names)
+        ]
+
+    def _tell(self, round: int, name: str, problem: str | None) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            self.observer.node_finished(round, name, problem)
+
+
+def _row(record: RoundRecord) -> dict[str, object]:
+    """The round's line; a figure that is not finite is null, as JSON has no other word for it."""
+    row = asdict(record)
+    row["metrics"] = {k: v if math.isfinite(v) else None for k, v in record.metrics.items()}
+    if record.epsilon is None:
+        del row["epsilon"], row["epsilon_allowed"]
+    return row

@@ -1,0 +1,256 @@
+"""A whole federated run on this machine: data, nodes, rounds, run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flwr.app import Context, RecordDict, UserConfig
+
+from fedfuse.config import RunConfig
+from fedfuse.data.prepare import Prepared, open_split, prepare
+from fedfuse.errors import FedfuseError, PrivacyError
+from fedfuse.federation.client import make_client_app
+from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
+from fedfuse.federation.loopback import LoopbackGrid, warm_up, worker_count
+from fedfuse.federation.observer import Observer, RunInfo
+from fedfuse.federation.server import make_server_app
+from fedfuse.federation.session import Session
+from fedfuse.federation.summary import summarise
+from fedfuse.privacy.plan import plan
+from fedfuse.privacy.spec import Event, Mechanism, Unit
+from fedfuse.runfolder import RunFolder
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    config: RunConfig,
+    out: Path,
+    *,
+    observer: Observer,
+    resume: bool = False,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Runs `config` with simulated nodes into the folder `out`; the summary, as written there.
+
+    1. decode the data into a private temporary folder, which is removed in the end
+    2. settle what was left open: the declared size of a node's data, and sigma
+    3. run the rounds; after each, all of it is on the disk
+    4. write the model and the summary
+
+    A KeyboardInterrupt (or SIGTERM) during the rounds ends the run: what is done is kept, and the
+    summary's status is "interrupted". `resume` goes on from there, with the budget as it stands.
+
+    Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
+    """
+    RunFolder.check(out, config, resume=resume)
+    loopback = config.federation.engine == "loopback"
+    if loopback:
+        warm_up()
+    with _terminable(), tempfile.TemporaryDirectory(prefix="fedfuse-") as temporary:
+        prepared = _prepare(config, Path(temporary))
+        _refuse_repeats(config, prepared)
+        settled, mechanism, assumptions = _settle(config, prepared)
+        store = Path(temporary) / "store"
+        prepared.write(store)
+        names = tuple(shard.name for shard in prepared.shards)
+        schema, fingerprint, notes = prepared.schema, prepared.fingerprint, prepared.notes
+        del prepared  # from here on it is memory-mapped
+        session = Session(
+            config=settled,
+            mechanism=mechanism,
+            folder=RunFolder.create(out, config, resume=resume),
+            schema=schema,
+            test=open_split(store, "test"),
+            observer=observer,
+            nodes=names,
+            last=config.train.rounds,
+            names=dict(enumerate(names, 1)) if loopback else {},
+        )
+        if resume:
+            notes += session.resume()
+        observer.prepared(_info(session, assumptions, notes))
+        status, problem = "finished", ""
+        try:
+            with quiet(session.folder.log, verbose=verbose):
+                _run(session, store, verbose=verbose)
+        except KeyboardInterrupt:
+            status = "interrupted"
+        except FedfuseError as error:
+            status, problem = "failed", str(error)
+            raise
+        finally:
+            session.abandon()
+            session.release()
+            summary = summarise(
+                session,
+                status=status,
+                problem=problem,
+                assumptions=assumptions,
+                notes=notes,
+                fingerprint=fingerprint,
+            )
+            session.folder.write_summary(summary)
+        return summary
+
+
+def _run(session: Session, store: Path, *, verbose: bool) -> None:
+    """Hands the session to the engine that the configuration names."""
+    if session.first > session.last:
+        return
+    config = session.config
+    server = make_server_app(config, session.conduct)
+    history = _history(session)
+    if config.federation.engine == "ray":
+        from fedfuse.federation.ray import run_on_ray
+
+        client = make_client_app(config, str(store), history=history)
+        run_on_ray(
+            server,
+            client,
+            nodes=len(session.nodes),
+            workers=config.federation.workers,
+            verbose=verbose,
+        )
+        return
+    count = len(session.nodes)
+    nodes: list[UserConfig] = [
+        {"partition-id": index, "num-partitions": count} for index in range(count)
+    ]
+    with LoopbackGrid(
+        partial(make_client_app, config, str(store), history=history),
+        nodes,
+        workers=_workers(session),
+        on_reply=session.on_reply,
+        log=str(session.folder.log),
+    ) as grid:
+        server(grid, Context(RUN_ID, SERVER_ID, {}, RecordDict(), {}))
+
+
+def _prepare(config: RunConfig, temporary: Path) -> Prepared:
+    """The data that `config` names; without a manifest, the demo data set."""
+    data = config.data
+    if not data.manifest:
+        from fedfuse.data.demo import make_demo
+
+        manifest = make_demo(temporary / "demo", seed=config.seed)
+        data = dataclasses.replace(data, manifest=str(manifest))
+    return prepare(data, seed=config.seed)
+
+
+def _refuse_repeats(config: RunConfig, prepared: Prepared) -> None:
+    privacy = config.privacy
+    if privacy.unit == Unit.RECORD and prepared.repeated_subjects and not privacy.records_are_units:
+        raise PrivacyError(
+            f"{prepared.repeated_subjects} subjects have several records, so a promise for one "
+            "record does not cover one person",
+            where="data.manifest",
+            hint="keep one record of each subject, or set privacy.records_are_units = true",
+        )
+
+
+def _settle(
+    config: RunConfig, prepared: Prepared
+) -> tuple[RunConfig, Mechanism | None, tuple[str, ...]]:
+    """The configuration with nothing left open, the mechanism of a round, and what was assumed."""
+    privacy, train = config.privacy, config.train
+    if not config.private:
+        return config, None, ()
+    assumptions = []
+    if not privacy.declared_records:
+        sizes = [len(shard.rows) for shard in prepared.shards]
+        declared = _rounded(sum(sizes) / len(sizes))
+        privacy = dataclasses.replace(privacy, declared_records=declared)
+        assumptions.append(
+            f"privacy.declared_records = {declared}: the nodes' mean size, to one digit, is taken "
+            "as public"
+        )
+    if privacy.noise_seed:
+        assumptions.append("the noise follows from a seed: whoever knows it can remove the noise")
+    whole = plan(privacy, steps=train.rounds * train.local_steps)
+    if whole is None:
+        return config, None, ()
+    privacy = dataclasses.replace(privacy, noise_multiplier=whole.noise_multiplier)
+    settled = dataclasses.replace(config, privacy=privacy)
+    return settled, dataclasses.replace(whole, steps=train.local_steps), tuple(assumptions)
+
+
+def _rounded(value: float) -> int:
+    """`value` to one significant digit, at least 1.
+
+    >>> [_rounded(x) for x in (0.4, 37.4, 149.0, 951.0)]
+    [1, 40, 100, 1000]
+    """
+    if value < 1:
+        return 1
+    return int(round(value, -math.floor(math.log10(value))))
+
+
+def _history(session: Session) -> dict[int, tuple[Event, ...]]:
+    """What each node has spent before, for its own books."""
+    return {
+        index: tuple(event for event in session.events if event.node == name)
+        for index, name in enumerate(session.nodes)
+        if session.events
+    }
+
+
+def _workers(session: Session) -> int:
+    asked, gpus = session.config.federation.workers, 0
+    if session.device.startswith("cuda"):
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return worker_count(asked, len(session.nodes), gpus)
+
+
+def _info(session: Session, assumptions: tuple[str, ...], notes: tuple[str, ...]) -> RunInfo:
+    config, mechanism = session.config, session.mechanism
+    privacy = config.privacy
+    return RunInfo(
+        name=config.name,
+        engine=config.federation.engine,
+        workers=_workers(session),
+        device=session.device,
+        nodes=session.nodes,
+        rounds=session.last,
+        first_round=session.first,
+        parameters=session.parameters,
+        private=mechanism is not None,
+        epsilon=privacy.epsilon if mechanism else None,
+        delta=privacy.delta if mechanism else None,
+        sigma=mechanism.noise_multiplier if mechanism else None,
+        sample_rate=mechanism.sample_rate if mechanism else None,
+        expected_batch=(
+            privacy.sample_rate * privacy.declared_records if mechanism else config.train.batch_size
+        ),
+        assumptions=assumptions,
+        notes=notes,
+    )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, so that no decoded record stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

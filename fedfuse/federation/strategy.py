@@ -1,0 +1,260 @@
+"""Flower's strategies, guarded: only what the protocol allows reaches them.
+
+Left alone, a Flower strategy lets one reply with other names end the run, takes NaN and negative
+weights, adds in the order in which replies happen to come, turns float32 into float64, and keeps
+the old weights without a word when every node fails. The guard checks each reply first, sorts by
+node name, restores types, and names who failed and why.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import (
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+)
+
+from fedfuse.config import FederationConfig
+from fedfuse.errors import FederationError, WireError
+from fedfuse.federation.flower import GridView
+from fedfuse.federation.wire import (
+    WEIGHT,
+    Template,
+    TrainReply,
+    TrainRequest,
+    Weights,
+    decode,
+)
+
+__all__ = ["Aggregate", "GuardedStrategy", "build_strategy"]
+
+Inner = FedAvg
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aggregate:
+    """A round's outcome: the new weights, the replies that made them, and who failed why."""
+
+    weights: Weights
+    replies: dict[int, TrainReply]
+    """All well-formed replies by sender, also those of nodes that refused or failed."""
+    failures: dict[str, str]
+
+
+def build_strategy(federation: FederationConfig, private: bool) -> GuardedStrategy:
+    """The strategy that `federation` names. `private`: replies must all have weight 1."""
+    common = {
+        "fraction_train": 1.0,  # the guard draws the nodes itself, so that a seed repeats it
+        "fraction_evaluate": 0.0,
+        "min_train_nodes": 1,
+        "min_available_nodes": 1,
+        "weighted_by_key": WEIGHT,
+    }
+    adaptive = common | {
+        "eta": federation.server_learning_rate,
+        "beta_1": federation.server_momentum,
+        "tau": federation.tau,
+    }
+    inner: Inner
+    match federation.strategy:
+        case "fedavg":
+            inner = FedAvg(**common)  # type: ignore[arg-type]
+        case "fedprox":
+            inner = FedProx(proximal_mu=federation.proximal_mu, **common)  # type: ignore[arg-type]
+        case "fedavgm":
+            inner = FedAvgM(
+                server_learning_rate=federation.server_learning_rate,
+                server_momentum=federation.server_momentum,
+                **common,  # type: ignore[arg-type]
+            )
+        case "fedadam":
+            inner = FedAdam(**adaptive)  # type: ignore[arg-type]
+        case "fedyogi":
+            inner = FedYogi(**adaptive)  # type: ignore[arg-type]
+        case "trimmed-mean":
+            inner = FedTrimmedAvg(beta=federation.trim, **common)  # type: ignore[arg-type]
+        case "median":
+            inner = FedMedian(**common)  # type: ignore[arg-type]
+        case name:
+            raise FederationError(f"strategy = {name!r} is unknown", where="federation")
+    return GuardedStrategy(
+        inner,
+        fraction=federation.fraction,
+        min_nodes=federation.min_nodes,
+        counts=federation.weighting == "examples" and not private,
+    )
+
+
+class GuardedStrategy:
+    """One of Flower's strategies behind the guard."""
+
+    def __init__(self, inner: Inner, *, fraction: float, min_nodes: int, counts: bool) -> None:
+        self._inner = inner
+        self._fraction = fraction
+        self._min_nodes = min_nodes
+        self._counts = counts
+
+    def configure_train(self, request: TrainRequest, grid: Grid, *, seed: int) -> list[Message]:
+        """One message for each node drawn; which ones follows from `seed` and the round."""
+        nodes = sorted(grid.get_node_ids())
+        count = max(self._min_nodes, round(self._fraction * len(nodes)), 1)
+        if len(nodes) < count:
+            raise FederationError(
+                f"{len(nodes)} nodes are connected, but {count} are needed",
+                where=f"round {request.round}",
+                hint="start more nodes, or lower federation.min_nodes",
+            )
+        drawn = random.Random(f"nodes {seed} {request.round}").sample(nodes, count)
+        record = request.to_record()
+        messages = self._inner.configure_train(
+            request.round,
+            record.array_records["arrays"],
+            record.config_records["config"],
+            GridView(grid, sorted(drawn)),
+        )
+        return sorted(messages, key=lambda message: message.metadata.dst_node_id)
+
+    def aggregate_train(
+        self,
+        request: TrainRequest,
+        replies: Iterable[Message],
+        *,
+        asked: dict[int, str],
+        template: Template,
+    ) -> Aggregate:
+        """The new weights from the good `replies`.
+
+        `asked`: the name of each node that was asked, as far as the server knows it. Raises
+        FederationError where fewer than min_nodes replies are good, naming the failures.
+        """
+        good, failures = self._sift(request, replies, asked, template)
+        updates = sorted(
+            (reply for reply in good.values() if reply.status == "ok"), key=lambda reply: reply.node
+        )
+        if len(updates) < self._min_nodes:
+            raise FederationError(
+                f"{len(updates)} of {len(asked)} nodes gave a good update, but "
+                f"{self._min_nodes} are needed{_told(failures)}",
+                where=f"round {request.round}",
+                hint="see the nodes' own logs; nothing of the rounds before is lost",
+            )
+        arrays, _ = self._inner.aggregate_train(request.round, [_fresh(r) for r in updates])
+        if arrays is None:
+            raise FederationError("aggregation gave nothing", where=f"round {request.round}")
+        return Aggregate(
+            weights=_restored(arrays, template),
+            replies=good,
+            failures=failures,
+        )
+
+    def _sift(
+        self,
+        request: TrainRequest,
+        replies: Iterable[Message],
+        asked: dict[int, str],
+        template: Template,
+    ) -> tuple[dict[int, TrainReply], dict[str, str]]:
+        """The well-formed replies, each from another node that was asked; and the failures."""
+        good: dict[int, TrainReply] = {}
+        failures: dict[str, str] = {}
+        seen: set[int] = set()
+        for message in replies:
+            sender = message.metadata.src_node_id
+            if sender not in asked or sender in seen:
+                continue
+            seen.add(sender)
+            if message.has_error():
+                failures[asked[sender]] = str(message.error.reason)[:400]
+                continue
+            try:
+                good[sender] = TrainReply.from_record(
+                    message.content, request=request, template=template, counts=self._counts
+                )
+            except WireError as error:
+                failures[asked[sender]] = f"WireError: {error.what}"
+        names = [reply.node for reply in good.values()]
+        for sender, reply in list(good.items()):
+            if names.count(reply.node) > 1:
+                del good[sender]
+                failures[f"{reply.node} (node {sender})"] = "another node goes by the same name"
+            elif reply.status != "ok":
+                failures[reply.node] = reply.problem or reply.status
+        for sender in asked.keys() - seen:
+            failures[asked[sender]] = "no answer within the time limit"
+        return good, dict(sorted(failures.items()))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The strategy's own arrays, by name: what a checkpoint needs beside the weights."""
+        arrays: dict[str, np.ndarray] = {}
+        for name in ("m_t", "v_t", "current_arrays"):
+            value = getattr(self._inner, name, None)
+            if isinstance(value, ArrayRecord):
+                value = {key: array.numpy() for key, array in value.items()}
+            arrays |= {f"{name}/{key}": array for key, array in (value or {}).items()}
+        momentum = getattr(self._inner, "momentum_vector", None) or []
+        return arrays | {f"momentum_vector/{i:06d}": array for i, array in enumerate(momentum)}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Puts back what `state` gave."""
+        groups: dict[str, dict[str, np.ndarray]] = {}
+        for name in sorted(arrays):
+            group, key = name.split("/", 1)
+            groups.setdefault(group, {})[key] = arrays[name]
+        inner = self._inner
+        if isinstance(inner, FedAdam | FedYogi):
+            inner.m_t, inner.v_t = groups.get("m_t"), groups.get("v_t")
+            inner.current_arrays = groups.get("current_arrays")
+        elif isinstance(inner, FedAvgM):
+            inner.current_arrays = (
+                ArrayRecord({k: Array(v) for k, v in groups["current_arrays"].items()})
+                if "current_arrays" in groups
+                else None
+            )
+            vector = groups.get("momentum_vector")
+            inner.momentum_vector = list(vector.values()) if vector else None
+
+
+def _fresh(reply: TrainReply) -> Message:
+    """A message for the strategy: it may take arrays out of it, and never sees another record."""
+    record = reply.to_record()
+    record["arrays"] = ArrayRecord(dict(reply.arrays or {}))
+    del record["config"]
+    return GridView.reply(RecordDict(dict(record)))
+
+
+def _restored(arrays: ArrayRecord, template: Template) -> Weights:
+    """The aggregate in the model's own types. Raises FederationError if it is not finite."""
+    weights = {}
+    for name, (shape, dtype) in template.items():
+        value = arrays[name].numpy()
+        if np.dtype(dtype).kind in "iub":
+            value = np.rint(value)
+        weights[name] = np.asarray(value, dtype=dtype).reshape(shape)
+    try:
+        return decode(ArrayRecord({k: Array(v) for k, v in weights.items()}), template)
+    except WireError as error:
+        raise FederationError(
+            f"the aggregate cannot be used: {error.what}",
+            where="federation.strategy",
+            hint="lower federation.server_learning_rate",
+        ) from None
+
+
+def _told(failures: dict[str, str]) -> str:
+    """The failures, the first few of them, as the end of a sentence."""
+    if not failures:
+        return ""
+    shown = [f"{name}: {why}" for name, why in list(failures.items())[:5]]
+    more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+    return f" ({'; '.join(shown)}{more})"

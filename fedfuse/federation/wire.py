@@ -1,0 +1,380 @@
+"""What goes between server and node, and nothing else.
+
+    to the node     protocol, version          so that both run the same rules
+                    round, rounds, deadline    so that the node can refuse late work, and count
+                                               the whole run against its budget
+                    digest                     sha256 of the public configuration: both mean the
+                                               same run
+                    job, mechanism             what to do; checked by the node, never trusted
+                    weights                    the model so far: post-processing of past updates
+
+    from the node   node, round, status        the name is public; the round was asked
+                    weights                    the one release; what it costs is in the books
+                    weight                     1.0, a constant. Only where nothing is protected
+                                               (unit "none") may it be the number of records
+                    event                      what was run, all of it public settings
+                    problem                    an error's class, and its text if that was made of
+                                               public settings; no path, no trace
+
+No loss, no metric, no count of records or of present modalities leaves a private node: each would
+be a release of its own. A message is read strictly: what is not named here is refused, and weights
+must have the model's own names, shapes and types, and be finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedfuse import __version__
+from fedfuse.config import OPTIMIZERS, RunConfig
+from fedfuse.errors import PrivacyError, WireError
+from fedfuse.privacy.spec import Event, Mechanism, Unit
+from fedfuse.train import Job
+
+__all__ = [
+    "PROTOCOL",
+    "WEIGHT",
+    "Template",
+    "TrainReply",
+    "TrainRequest",
+    "Weights",
+    "config_digest",
+    "decode",
+    "encode",
+    "event_of",
+    "mechanism_of",
+    "record_bytes",
+    "template_of",
+]
+
+PROTOCOL = 1
+ARRAYS, CONFIG, METRICS, WEIGHT = "arrays", "config", "metrics", "weight"
+STATUSES = ("ok", "refused", "failed")
+# Flower's strategies write these into the configuration of a request.
+_FLOWER_KEYS = frozenset({"server-round", "proximal-mu"})
+
+T = TypeVar("T")
+Weights = dict[str, NDArray[np.generic]]
+Template = Mapping[str, tuple[tuple[int, ...], str]]
+"""By name: the shape and the type ("float32") that a weight must have."""
+
+
+def template_of(weights: Mapping[str, NDArray[np.generic]]) -> Template:
+    """The names, shapes and types of `weights`."""
+    return {name: (value.shape, str(value.dtype)) for name, value in weights.items()}
+
+
+def config_digest(config: RunConfig) -> str:
+    """sha256 of what server and nodes must agree on: all but secrets and where things run."""
+    tree = config.to_dict()
+    del tree["privacy"]["noise_seed"], tree["train"]["device"]
+    del tree["federation"]["engine"], tree["federation"]["workers"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def encode(weights: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
+    """`weights` as Flower carries them (NumPy's own format, which has no bfloat16)."""
+    return ArrayRecord({name: Array(np.asarray(value)) for name, value in weights.items()})
+
+
+def decode(arrays: ArrayRecord, template: Template) -> Weights:
+    """The weights in `arrays`. Raises WireError unless they fit `template` and are finite."""
+    for name in sorted(set(template) ^ set(arrays)):
+        fault = "is missing" if name in template else "is not of this model"
+        raise WireError(f"weight {name[:80]!r} {fault}", hint="run the same model on both sides")
+    return {name: _decode_one(name, arrays[name], *template[name]) for name in template}
+
+
+def _decode_one(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
+    """Reads NumPy's header before anything is allocated: a header may claim any size."""
+    kind = np.dtype(dtype)
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        found, fortran, found_kind = read(stream)
+    except (ValueError, KeyError, EOFError):
+        raise WireError(f"weight {name!r} is not in NumPy's format") from None
+    if tuple(found) != shape or tuple(array.shape) != shape:
+        raise WireError(f"weight {name!r} has shape {tuple(found)}, but the model's is {shape}")
+    if found_kind != kind or array.dtype != dtype:
+        raise WireError(f"weight {name!r} has type {found_kind}, but the model's is {dtype}")
+    body = memoryview(array.data)[stream.tell() :]
+    if len(body) != math.prod(shape) * kind.itemsize:
+        raise WireError(f"weight {name!r} is cut short or too long")
+    value = np.frombuffer(body, dtype=kind).reshape(shape, order="F" if fortran else "C")
+    if kind.kind == "f" and not np.isfinite(value).all():
+        raise WireError(f"weight {name!r} holds values that are not finite")
+    return value.copy()
+
+
+def record_bytes(record: RecordDict) -> int:
+    """The size of the arrays in a message."""
+    return sum(
+        len(array.data) for arrays in record.array_records.values() for array in arrays.values()
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """What the server asks of a node in a round."""
+
+    round: int
+    rounds: int
+    deadline: float
+    """Unix time after which the answer is thrown away; 0 is never."""
+    digest: str
+    job: Job
+    arrays: ArrayRecord
+
+    def to_record(self) -> RecordDict:
+        """The message."""
+        config: dict[str, Any] = {
+            "protocol": PROTOCOL,
+            "version": __version__,
+            "round": self.round,
+            "rounds": self.rounds,
+            "deadline": self.deadline,
+            "digest": self.digest,
+            **_flat("job", self.job, leave="mechanism"),
+        }
+        if self.job.mechanism is not None:
+            config |= _flat("mechanism", self.job.mechanism)
+        return RecordDict({ARRAYS: self.arrays, CONFIG: ConfigRecord(config)})
+
+    @classmethod
+    def from_record(cls, record: RecordDict) -> TrainRequest:
+        """The request in a message; its weights are not decoded yet. Raises WireError."""
+        arrays, config = _parts(record)
+        if record.metric_records:
+            raise WireError("a request carries no metrics")
+        config = {key: value for key, value in config.items() if key not in _FLOWER_KEYS}
+        _check_versions(config)
+        mechanism = _mechanism(config)
+        job = _build(Job, "job", config, mechanism=mechanism)
+        request = cls(
+            round=_take(config, "round", int),
+            rounds=_take(config, "rounds", int),
+            deadline=_take(config, "deadline", float),
+            digest=_take(config, "digest", str),
+            job=job,
+            arrays=arrays,
+        )
+        _no_more(config)
+        request._check()
+        return request
+
+    def _check(self) -> None:
+        job = self.job
+        for name, value, low, high in (
+            ("rounds", self.rounds, 1, 1_000_000),
+            ("round", self.round, 1, self.rounds),
+            ("steps", job.steps, 1, 1_000_000),
+            ("learning_rate", job.learning_rate, 0.0, 1e6),
+            ("momentum", job.momentum, 0.0, 0.9999),
+            ("proximal_mu", job.proximal_mu, 0.0, 1e6),
+            ("physical_batch", job.physical_batch, 1, 1_000_000),
+            ("batch_size", job.batch_size, 1, 1_000_000),
+            ("expected_batch", job.expected_batch, 1e-9, 1e12),
+        ):
+            if not low <= value <= high:
+                raise WireError(f"{name} = {value}, but it must be from {low:g} to {high:g}")
+        if job.optimizer not in OPTIMIZERS:
+            raise WireError(f"optimizer = {job.optimizer[:40]!r} is unknown")
+        if job.mechanism is not None and job.mechanism.steps != job.steps:
+            raise WireError(
+                f"{job.steps} steps are asked for, but {job.mechanism.steps} accounted",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReply:
+    """What a node answers. Only an "ok" carries weights; round 0 is a request not understood."""
+
+    node: str
+    round: int
+    status: str
+    weight: float = 1.0
+    problem: str = ""
+    event: Event | None = None
+    arrays: ArrayRecord | None = None
+
+    def to_record(self) -> RecordDict:
+        """The message."""
+        config: dict[str, Any] = {
+            "protocol": PROTOCOL,
+            "version": __version__,
+            "node": self.node,
+            "round": self.round,
+            "status": self.status,
+            "problem": self.problem,
+        }
+        if self.event is not None:
+            config |= _flat("event", self.event)
+        record = RecordDict(
+            {CONFIG: ConfigRecord(config), METRICS: MetricRecord({WEIGHT: self.weight})}
+        )
+        if self.arrays is not None:
+            record[ARRAYS] = self.arrays
+        return record
+
+    @classmethod
+    def from_record(
+        cls, record: RecordDict, *, request: TrainRequest, template: Template, counts: bool
+    ) -> TrainReply:
+        """The reply to `request` in a message. Raises WireError on whatever must not be there.
+
+        `counts`: a weight may be a number of records; otherwise it must be 1.
+        """
+        ok = len(record.array_records) > 0
+        arrays, config = _parts(record, needs_arrays=ok)
+        _check_versions(config)
+        event = _build(Event, "event", config) if "event.node" in config else None
+        reply = cls(
+            node=_take(config, "node", str),
+            round=_take(config, "round", int),
+            status=_take(config, "status", str),
+            problem=_take(config, "problem", str),
+            weight=_weight(record, counts=counts),
+            event=event,
+            arrays=arrays if ok else None,
+        )
+        _no_more(config)
+        reply._check(request)
+        if reply.arrays is not None:
+            decode(reply.arrays, template)
+        return reply
+
+    def _check(self, request: TrainRequest) -> None:
+        if not 0 < len(self.node) <= 200:
+            raise WireError("a node's name must have 1 to 200 characters")
+        if self.status not in STATUSES:
+            raise WireError(
+                f"status = {self.status[:40]!r}, but it must be {' or '.join(STATUSES)}"
+            )
+        if (self.status == "ok") != (self.arrays is not None):
+            raise WireError('weights come with status "ok", and only with it')
+        if self.round != request.round and (self.status == "ok" or self.round != 0):
+            raise WireError(f"an answer to round {self.round} came in round {request.round}")
+        mechanism = request.job.mechanism
+        if (self.status == "ok" and mechanism is not None) and self.event is None:
+            raise WireError("a private update came without its event")
+        if self.event is not None:
+            status = "spent" if self.status == "ok" else "reserved"
+            if mechanism is None or self.event != event_of(
+                mechanism, node=self.node, round=self.round, status=status
+            ):
+                raise WireError("the event is not what was asked for")
+
+
+def event_of(mechanism: Mechanism, *, node: str, round: int, status: str) -> Event:
+    """The line in a node's books for `mechanism`."""
+    return Event(node=node, round=round, status=status, **_plain(mechanism))
+
+
+def mechanism_of(event: Event) -> Mechanism:
+    """The mechanism that a line in the books stands for."""
+    return Mechanism(
+        unit=Unit(event.unit),
+        sample_rate=event.sample_rate,
+        noise_multiplier=event.noise_multiplier,
+        clip_norm=event.clip_norm,
+        steps=event.steps,
+    )
+
+
+def _parts(record: RecordDict, *, needs_arrays: bool = True) -> tuple[ArrayRecord, dict[str, Any]]:
+    if set(record) - {ARRAYS, CONFIG, METRICS}:
+        raise WireError("a message holds records that the protocol does not know")
+    if needs_arrays and (len(record.array_records) != 1 or ARRAYS not in record.array_records):
+        raise WireError(f"{len(record.array_records)} array records, but exactly one is needed")
+    if len(record.config_records) != 1 or CONFIG not in record.config_records:
+        raise WireError("a message needs exactly one config record")
+    arrays = record.array_records.get(ARRAYS, ArrayRecord())
+    return arrays, dict(record.config_records[CONFIG])
+
+
+def _check_versions(config: dict[str, Any]) -> None:
+    protocol, version = _take(config, "protocol", int), _take(config, "version", str)
+    if protocol != PROTOCOL:
+        raise WireError(f"protocol {protocol}, but this side speaks {PROTOCOL}")
+    if version != __version__:
+        raise WireError(
+            f"the other side runs fedfuse {version[:40]}, this side {__version__}",
+            hint="install the same version on the server and on every node",
+        )
+
+
+def _mechanism(config: dict[str, Any]) -> Mechanism | None:
+    if not any(key.startswith("mechanism.") for key in config):
+        return None
+    try:
+        config["mechanism.unit"] = Unit(_take(config, "mechanism.unit", str))
+        return _build(Mechanism, "mechanism", config)
+    except (ValueError, PrivacyError) as error:
+        raise WireError(f"not a mechanism: {error}") from None
+
+
+def _weight(record: RecordDict, *, counts: bool) -> float:
+    metrics = record.metric_records.get(METRICS)
+    if len(record.metric_records) != 1 or metrics is None or set(metrics) != {WEIGHT}:
+        raise WireError("a reply carries its weight and no other metric")
+    weight = metrics[WEIGHT]
+    if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
+        raise WireError(f"weight = {weight!r}, but it must be a positive number")
+    if not counts and weight != 1:
+        raise WireError(f"weight = {weight!r}, but all weights are equal here: 1.0")
+    if weight > 2**53:
+        raise WireError(f"weight = {weight!r} is too large")
+    return float(weight)
+
+
+def _flat(prefix: str, value: Any, *, leave: str = "") -> dict[str, Any]:
+    return {f"{prefix}.{key}": item for key, item in _plain(value).items() if key != leave}
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return {
+        key: item.value if isinstance(item, Unit) else item for key, item in asdict(value).items()
+    }
+
+
+def _build(cls: type[T], prefix: str, config: dict[str, Any], **given: Any) -> T:
+    kinds = {"int": int, "float": float, "str": str, "Unit": Unit}
+    values = {
+        field.name: _take(config, f"{prefix}.{field.name}", kinds[str(field.type)])
+        for field in fields(cls)  # type: ignore[arg-type]
+        if field.name not in given
+    }
+    return cls(**values, **given)
+
+
+def _take(config: dict[str, Any], key: str, kind: type) -> Any:
+    if key not in config:
+        raise WireError(f"{key} is missing")
+    value = config.pop(key)
+    if type(value) is int and kind is float:
+        value = float(value)
+    if type(value) is not kind:
+        raise WireError(f"{key} is of type {type(value).__name__}, but must be {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise WireError(f"{key} = {value} is not finite")
+    return value
+
+
+def _no_more(config: Mapping[str, Any]) -> None:
+    for key in sorted(config):
+        raise WireError(f"{key[:80]!r} is not part of the protocol")

@@ -67,7 +67,7 @@ class LineView:
     def round_finished(self, record: RoundRecord) -> None:
         self._clock.tick(record)
         width = len(str(record.rounds))
-        nodes = f"{record.nodes_ok} nodes"
+        nodes = f"{record.nodes_ok} node{'s' if record.nodes_ok != 1 else ''}"
         if record.failures:
             nodes += f", {len(record.failures)} failed"
         self._write(
@@ -124,7 +124,7 @@ class LiveView:
         table.add_row("rounds", self._rounds(info))
         table.add_row("nodes", self._nodes(info))
         for name, value in in_order(self._record.metrics) if self._record else ():
-            table.add_row(name, self._metric(name, value))
+            table.add_row(name.replace("_", " "), self._metric(name, value))
         table.add_row("privacy", self._privacy(info))
         return Panel(table, title=headline(info), title_align="left", padding=(0, 1))
 

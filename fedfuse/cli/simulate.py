@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +17,6 @@ from fedfuse.errors import DataError, RunFolderError, UsageError
 from fedfuse.privacy.spec import Unit
 
 UNITS = (Unit.RECORD.value, Unit.NONE.value)
-DEMO_PREFIX = "fedfuse-demo-"
 
 
 def simulate(
@@ -117,19 +111,17 @@ def _run(
 ) -> None:
     from fedfuse.cli.progress import progress
 
+    ready = _with_data(config, demo_dir)
     try:
-        with _with_data(config, demo_dir, quiet=quiet) as ready, progress(quiet=quiet) as view:
+        with progress(quiet=quiet) as view:
             from fedfuse.federation.simulate import simulate as federate
 
             summary = federate(ready, run, observer=view, resume=resume)
     except KeyboardInterrupt:
-        _draw(run)
         _say_what_is_saved(config, run)
         raise typer.Exit(130) from None
-    except Exception:
+    finally:
         _draw(run)
-        raise
-    _draw(run)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     elif quiet:
@@ -138,6 +130,9 @@ def _run(
         from fedfuse.cli.summary import describe
 
         click.echo(describe(summary, run))
+    if summary["status"] == "interrupted":
+        _say_what_is_saved(config, run)
+        raise typer.Exit(130)
 
 
 def _resumed(run: Path, flags: Flags, out: Path | None) -> RunConfig:
@@ -164,44 +159,24 @@ def _fresh_folder(name: str) -> Path:
     return path
 
 
-@contextmanager
-def _with_data(config: RunConfig, demo_dir: Path | None, *, quiet: bool) -> Iterator[RunConfig]:
-    """The configuration with a manifest that exists, made for the time of the run if need be."""
-    manifest = Path(config.data.manifest)
+def _with_data(config: RunConfig, demo_dir: Path | None) -> RunConfig:
+    """The configuration with a manifest that exists, or with none, which means the demo data."""
     if config.data.manifest and demo_dir is not None:
         raise UsageError("--demo-dir, but the data is given", hint="leave one of them out")
-    if config.data.manifest and manifest.is_file():
-        yield config
-    elif config.data.manifest and not manifest.parent.name.startswith(DEMO_PREFIX):
+    if config.data.manifest and not Path(config.data.manifest).is_file():
         raise DataError(
             "no such manifest",
-            where=str(manifest),
+            where=config.data.manifest,
             hint="check data.manifest or --data; without one, a demo data set is made",
         )
-    elif config.data.manifest:  # a run on demo data that is gone; it comes back as it was
-        yield from _passing_demo(config, manifest.parent, quiet=quiet)
-    elif demo_dir is not None:
-        yield _on_demo(config, demo_dir, quiet=quiet)
-    else:
-        yield from _passing_demo(config, Path(tempfile.mkdtemp(prefix=DEMO_PREFIX)), quiet=quiet)
-
-
-def _passing_demo(config: RunConfig, folder: Path, *, quiet: bool) -> Iterator[RunConfig]:
-    try:
-        yield _on_demo(config, folder, quiet=quiet)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _on_demo(config: RunConfig, folder: Path, *, quiet: bool) -> RunConfig:
-    from fedfuse.data.demo import make_demo
-
-    manifest = folder / "manifest.csv"
+    if demo_dir is None:
+        return config
+    manifest = demo_dir / "manifest.csv"
     if not manifest.is_file():
-        if not quiet:
-            click.echo("no data given: making the demo data set", err=True)
-        manifest = make_demo(folder)
-    return replace(config, data=replace(config.data, manifest=str(manifest.absolute())))
+        from fedfuse.data.demo import make_demo
+
+        manifest = make_demo(demo_dir, seed=config.seed)
+    return config.with_values({"data.manifest": str(manifest.absolute())})
 
 
 def _draw(run: Path) -> None:

@@ -31,13 +31,14 @@ def describe(summary: Mapping[str, Any], run: Path) -> str:
 
 def _lines(summary: Mapping[str, Any], run: Path) -> Iterator[str]:
     headline = summary["headline"]
-    result = f"{headline['value']:.4g}"
-    if summary.get("majority") is not None:
-        result += f"  (the best constant answer: {summary['majority']:.4g})"
     yield ""
-    yield _row(headline["name"], result)
+    if headline["value"] is not None:
+        result = f"{headline['value']:.4g}"
+        if headline.get("baseline") is not None:
+            result += f"  (the best constant answer: {headline['baseline']:.4g})"
+        yield _row(headline["name"], result)
     others = [
-        f"{name} {value:.4g}"
+        f"{name.replace('_', ' ')} {value:.4g}"
         for name, value in summary["metrics"].items()
         if name != headline["name"] and isinstance(value, int | float)
     ]

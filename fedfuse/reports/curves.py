@@ -64,7 +64,8 @@ class Curves:
     metrics: dict[str, tuple[float, ...]]
     epsilon: tuple[float, ...]
     headline: str
-    majority: float | None
+    baseline: float | None
+    """The headline of the best constant answer."""
 
 
 def write_curves(run: Path) -> tuple[Path, ...]:
@@ -94,6 +95,7 @@ def _read(run: Path) -> Curves:
     folder = RunFolder.open(run)
     config, lines, summary = folder.config(), folder.metrics(), folder.summary() or {}
     names = list(dict.fromkeys(name for line in lines for name in line["metrics"]))
+    headline = summary.get("headline", {})
     others = [name for name in names if name != "loss"]
     return Curves(
         name=config.name,
@@ -106,8 +108,8 @@ def _read(run: Path) -> Curves:
             name: tuple(_number(line["metrics"].get(name)) for line in lines) for name in names
         },
         epsilon=tuple(_number(line.get("epsilon")) for line in lines),
-        headline=summary.get("headline", {}).get("name") or (others or ["loss"])[0],
-        majority=summary.get("majority"),
+        headline=headline.get("name") or (others or ["loss"])[0],
+        baseline=headline.get("baseline"),
     )
 
 
@@ -140,9 +142,9 @@ def _metrics(figure: Figure, curves: Curves) -> None:
         axes.set_ylabel(_label(name))
         if name in SHARES:
             axes.set_ylim(0, 1.03)
-        if name == curves.headline and curves.majority is not None:
-            axes.axhline(curves.majority, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
-            _note(axes, curves.majority, "the best constant answer", GREY)
+        if name == curves.headline and curves.baseline is not None:
+            axes.axhline(curves.baseline, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+            _note(axes, curves.baseline, "the best constant answer", GREY)
     last = curves.metrics[shown[0]][-1]
     title = f"{curves.name}: {_words(shown[0])} {last:.3f}"
     panels[0].set_title(title if curves.private else f"{title}, NOT PRIVATE")

@@ -28,27 +28,26 @@ class Fake:
     rounds: int = 3
     stop_with: BaseException | None = None
     stop_after: int = 2
-    manifests_seen: list[bool] = field(default_factory=list)
 
     def __call__(
         self, config: RunConfig, out: Path, *, observer: Any, resume: bool = False
     ) -> dict[str, Any]:
         self.asked.append((config, out, resume))
-        self.manifests_seen.append(Path(config.data.manifest).is_file())
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         observer.prepared(info_of(config, rounds=self.rounds))
-        with (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
-            for number in range(1, self.rounds + 1):
-                if self.stop_with and number > self.stop_after:
-                    lines.flush()
-                    raise self.stop_with
-                observer.round_started(number)
-                observer.node_finished(number, "alpha", None)
-                observer.node_finished(number, "beta", "OSError" if number == 2 else None)
-                record = record_of(config, number, self.rounds)
-                observer.round_finished(record)
+        for number in range(1, self.rounds + 1):
+            if self.stop_with and number > self.stop_after:
+                if isinstance(self.stop_with, KeyboardInterrupt):
+                    return summary_of(config, status="interrupted")
+                raise self.stop_with
+            observer.round_started(number)
+            observer.node_finished(number, "alpha", None)
+            observer.node_finished(number, "beta", "OSError" if number == 2 else None)
+            record = record_of(config, number, self.rounds)
+            with (out / "metrics.jsonl").open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(asdict(record)) + "\n")
+            observer.round_finished(record)
         summary = summary_of(config)
         (out / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return summary
@@ -101,15 +100,14 @@ def record_of(config: RunConfig, number: int, rounds: int) -> RoundRecord:
     )
 
 
-def summary_of(config: RunConfig) -> dict[str, Any]:
-    """What a finished run says."""
+def summary_of(config: RunConfig, *, status: str = "finished") -> dict[str, Any]:
+    """What a run says at its end."""
     private = config.private
     return {
-        "status": "finished",
+        "status": status,
         "name": config.name,
-        "headline": {"name": "accuracy", "value": 0.6},
+        "headline": {"name": "accuracy", "value": 0.6, "baseline": 0.25},
         "metrics": {"accuracy": 0.6, "loss": 0.3333},
-        "majority": 0.25,
         "privacy": {
             "private": private,
             "statement": (

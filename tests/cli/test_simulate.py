@@ -16,19 +16,19 @@ Run = Callable[..., Result]
 SCENARIOS = Path(__file__).parents[2] / "simulations"
 
 
-def test_without_data_the_demo_is_made_and_taken_away_again(run: Run, federation: Fake) -> None:
+def test_without_data_the_demo_is_meant(run: Run, federation: Fake) -> None:
     assert run("simulate", "--out", "r").code == 0
     ((config, out, resume),) = federation.asked
-    assert federation.manifests_seen == [True]
-    assert not Path(config.data.manifest).parent.exists()
-    assert (config.name, out, resume) == ("demo", Path("r"), False)
+    assert (config.data.manifest, config.name) == ("", "demo")
+    assert (out, resume) == (Path("r"), False)
 
 
 def test_demo_dir_keeps_the_demo(run: Run, federation: Fake) -> None:
-    assert run("simulate", "--demo-dir", "d").code == 0
-    assert Path("d/manifest.csv").is_file()
-    assert run("simulate", "--demo-dir", "d").code == 0
-    assert federation.manifests_seen == [True, True]
+    for _ in range(2):
+        assert run("simulate", "--demo-dir", "d").code == 0
+    manifest = Path("d/manifest.csv").absolute()
+    assert manifest.is_file()
+    assert [config.data.manifest for config, _, _ in federation.asked] == [str(manifest)] * 2
 
 
 def test_a_bare_manifest_is_enough(run: Run, federation: Fake) -> None:
@@ -70,7 +70,9 @@ def test_a_scenarios_manifest_is_relative_to_the_scenario(run: Run, federation: 
     make_demo(Path("there/data"))
     Path("there/s.toml").write_text('[data]\nmanifest = "data/manifest.csv"\n', encoding="utf-8")
     assert run("simulate", "there/s.toml").code == 0
-    assert federation.manifests_seen == [True]
+    manifest = Path(federation.asked[0][0].data.manifest)
+    assert manifest.is_absolute()
+    assert manifest.is_file()
 
 
 def test_an_error_in_a_scenario_names_the_file(run: Run, federation: Fake) -> None:
@@ -92,8 +94,8 @@ def test_progress_is_a_plain_line_each_round_and_leaves_stdout_alone(
         "round 2/3",
         "round 3/3",
     ]
-    assert "loss 0.5  accuracy 0.4  epsilon 4.00 of 8  1 nodes, 1 failed  0.5 s" in result.err
-    assert json.loads(result.out)["headline"] == {"name": "accuracy", "value": 0.6}
+    assert "loss 0.5  accuracy 0.4  epsilon 4.00 of 8  1 node, 1 failed  0.5 s" in result.err
+    assert json.loads(result.out)["headline"]["value"] == 0.6
 
 
 def test_the_end_says_how_good_how_private_and_where(run: Run, federation: Fake) -> None:
@@ -126,17 +128,24 @@ def test_interruption_says_what_is_saved_and_how_to_go_on(run: Run, federation: 
     assert Path("r/plots/metrics.png").is_file()
 
 
-def test_resume_goes_on_with_the_same_configuration_and_the_same_demo(
-    run: Run, federation: Fake
+def test_interruption_before_the_first_round_says_that_nothing_is_saved(
+    run: Run, federation: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fake, "__call__", stop)
+    result = run("simulate", "--out", "r")
+    assert result == Result(130, "", "interrupted before the first round; nothing was saved\n")
+
+
+def test_resume_goes_on_with_the_same_configuration(run: Run, federation: Fake) -> None:
     federation.stop_with = KeyboardInterrupt()
     run("simulate", "--out", "r", "--seed", "5")
     federation.stop_with = None
     assert run("simulate", "--resume", "r").code == 0
     (before, _, _), (after, out, resume) = federation.asked
     assert (after, out, resume) == (before, Path("r"), True)
-    assert federation.manifests_seen == [True, True]
-    assert not Path(after.data.manifest).exists()
 
 
 def test_a_failed_run_keeps_its_error_and_its_curves(run: Run, federation: Fake) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["LineView", "LiveView", "progress"]
 
 BAR = 40
+RECENT = 5
 
 
 @contextmanager
@@ -161,22 +163,22 @@ class LiveView:
 
 
 class Clock:
-    """Time left, from how long the rounds since the start took."""
+    """Time left, from how long the last rounds took: the first one is slower than the rest."""
 
     def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._ticks = 0
+        self._ticks: deque[float] = deque(maxlen=RECENT + 1)
         self.left: float | None = None
 
     def start(self) -> None:
-        """Leave out what came before."""
-        self._began = time.monotonic()
+        """The first round starts now."""
+        self._ticks.append(time.monotonic())
 
     def tick(self, record: RoundRecord) -> None:
         """A round is done."""
-        self._ticks += 1
-        mean = (time.monotonic() - self._began) / self._ticks
-        self.left = mean * (record.rounds - record.round)
+        self._ticks.append(time.monotonic())
+        if len(self._ticks) > 1:
+            mean = (self._ticks[-1] - self._ticks[0]) / (len(self._ticks) - 1)
+            self.left = mean * (record.rounds - record.round)
 
 
 def headline(info: RunInfo) -> str:

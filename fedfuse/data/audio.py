@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def audio_facts(path: Path) -> tuple[int, float]:
         info = soundfile.info(io.BytesIO(read_bytes(path)))
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError):
         raise _undecodable(path) from None
-    return int(info.samplerate), float(info.frames) / max(1, int(info.samplerate))
+    rate = _plausible(path, int(info.samplerate))
+    return rate, float(info.frames) / rate
 
 
 def _read(path: Path) -> tuple[NDArray[np.float32], int]:
@@ -108,7 +110,15 @@ def _read(path: Path) -> tuple[NDArray[np.float32], int]:
         raise DataError(f"audio {path.name} holds no samples", hint="copy it again")
     if _wav_cut_off(data):
         raise DataError(f"audio {path.name} is cut off", hint="copy it again")
-    return samples, int(rate)
+    return samples, _plausible(path, int(rate))
+
+
+def _plausible(path: Path, rate: int) -> int:
+    if not 100 <= rate <= 768_000:
+        raise DataError(
+            f"audio {path.name} says that it has {rate} samples a second", hint="export it again"
+        )
+    return rate
 
 
 def _undecodable(path: Path) -> DataError:
@@ -133,7 +143,10 @@ def _wav_cut_off(data: bytes) -> bool:
 
 @lru_cache(maxsize=16)
 def _resampler(source: int, target: int) -> Any:
-    return load_torchaudio().transforms.Resample(source, target)
+    # The kernel grows with both terms of the ratio: 44101 to 8000 Hz would take a gigabyte. A
+    # nearby ratio of small terms changes the pitch by less than one part in a thousand.
+    ratio = Fraction(target, source).limit_denominator(2000)
+    return load_torchaudio().transforms.Resample(ratio.denominator, max(1, ratio.numerator))
 
 
 @lru_cache(maxsize=16)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from fedfuse.batch import Kind
 from fedfuse.data import audio, image
 from fedfuse.data.declaration import DeclaredModality
@@ -130,8 +132,7 @@ def _kind(
         return Kind.TEXT, None
     if sum(numbers(cell) is not None for cell in cells) >= 0.9 * len(cells):
         if kind is None:
-            first = next(array for cell in cells if (array := numbers(cell)) is not None)
-            kind = Kind.VECTOR if first.ndim == 1 else Kind.SERIES
+            kind = _inline_kind(name, cells)
             notes.append(f"{name}: kind {kind}, inferred from cells that hold lists of numbers")
         return kind, None
     if kind in (Kind.VECTOR, Kind.SERIES):
@@ -173,6 +174,15 @@ def _array_kind(manifest: Manifest, name: str, cells: list[str]) -> Kind:
         if array.ndim in (1, 2):
             return Kind.VECTOR if 1 in (array.ndim, array.shape[0]) else Kind.SERIES
     return Kind.VECTOR  # nothing readable: each record becomes a problem
+
+
+def _inline_kind(name: str, cells: list[str]) -> Kind:
+    """Lists of numbers: a table where some number is left blank, otherwise by their shape."""
+    arrays = [array for cell in cells if (array := numbers(cell)) is not None]
+    gaps = any(np.isnan(array).any() for array in arrays)
+    if name.lower() in (TABLE, "tabular") or (gaps and arrays[0].ndim == 1):
+        return Kind.TABLE
+    return Kind.VECTOR if arrays[0].ndim == 1 else Kind.SERIES
 
 
 def _categorical(name: str, cells: list[str], categories: list[str]) -> bool:

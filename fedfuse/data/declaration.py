@@ -33,8 +33,9 @@ _TASKS = {
 }
 _USED = {
     "name", "task", "classes", "class_names", "labels", "num_classes", "modalities", "target",
-    "target_range", "target_mean", "target_std", "target_min", "target_max", "description",
-    "license", "source", "version",
+    "target_range", "target_mean", "target_std", "target_min", "target_max", "label_range",
+    "label_mean", "label_std", "label_min", "label_max", "range", "description", "license",
+    "source", "version",
 }  # fmt: skip
 
 
@@ -85,8 +86,11 @@ def read_declaration(path: Path) -> Declaration:
     target = tree.get("target")
     facts = dict(target) if isinstance(target, Mapping) else {}
     for key in ("range", "mean", "std", "min", "max"):
-        if f"target_{key}" in tree:
-            facts[key] = tree[f"target_{key}"]
+        for name in (f"label_{key}", f"target_{key}"):
+            if name in tree:
+                facts[key] = tree[name]
+    if "range" in tree:
+        facts.setdefault("range", tree["range"])
     mean, std = _mean_std(facts, path, "target")
     num_classes = tree.get("num_classes", 0)
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:

@@ -73,6 +73,24 @@ def test_resampling_keeps_the_pitch(tmp_path: Path) -> None:
     assert np.abs(wave[500:3500]).max() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("rate", [7999, 44101, 500])
+def test_odd_rates_are_resampled(rate: int, tmp_path: Path) -> None:
+    soundfile.write(
+        tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 100 * np.arange(rate) / rate), rate
+    )
+    wave, _ = read_waveform(tmp_path / "a.wav", SOUND)
+    assert np.abs(np.fft.rfft(wave)).argmax() * 2 == pytest.approx(100, abs=2)
+
+
+@pytest.mark.parametrize("rate", [1, 2_000_000_000])
+def test_an_absurd_rate_is_refused(rate: int, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), rate)
+    with pytest.raises(DataError, match="samples a second"):
+        read_waveform(tmp_path / "a.wav", SOUND)
+    with pytest.raises(DataError, match="samples a second"):
+        audio_facts(tmp_path / "a.wav")
+
+
 def test_log_mel_has_a_fixed_scale_and_finds_the_pitch() -> None:
     t = np.arange(4000) / 8000
     tones = [np.zeros(4000), np.sin(2 * np.pi * 300 * t), np.sin(2 * np.pi * 2000 * t)]

@@ -181,6 +181,15 @@ def test_nan_in_a_declared_table_is_a_missing_value(tmp_path: Path, write_csv: W
     assert prepared.train.batch(np.array([0])).inputs["table"][0, 3:].tolist() == [0, 1, 0]
 
 
+def test_a_gap_in_a_list_of_numbers_is_a_missing_value(write_csv: WriteCsv) -> None:
+    rows = [["a", "train", "x", 0, "1;;3"], ["t", "test", "x", 1, "1;2;3"]]
+    prepared = prepare(
+        DataConfig(manifest=str(write_csv("id,split,client,label,labs", rows))), seed=0
+    )
+    assert prepared.schema.modalities[0].kind is Kind.TABLE
+    assert prepared.train.batch(np.array([0])).inputs["labs"][0, 3:].tolist() == [0, 1, 0]
+
+
 def test_a_declared_table_is_made_of_its_columns(write_csv: WriteCsv) -> None:
     toml = '[modalities]\nvitals = {kind = "table", columns = ["hr", "bp"], mean = 5, std = 5}\n'
     rows = [["a", "train", "x", 0, 10, ""], ["t", "test", "x", 1, 0, 5]]

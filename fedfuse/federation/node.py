@@ -12,6 +12,7 @@ Until step 4 no record has been read and nothing is spent.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import OrderedDict
@@ -39,11 +40,10 @@ from fedfuse.federation.wire import (
 )
 from fedfuse.models.model import build_model
 from fedfuse.privacy.noise import round_secret
-from fedfuse.privacy.spec import Event
 from fedfuse.tasks import Task
 from fedfuse.train import Trainer, pick_device
 
-__all__ = ["Site", "answer", "trainer_for"]
+__all__ = ["Site", "answer", "new_trainer", "trainer_for"]
 
 _log = logging.getLogger("fedfuse.node")
 _trainers: OrderedDict[tuple[str, str, str], Trainer] = OrderedDict()
@@ -86,7 +86,7 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
         arrays = encode(trainer.weights())
         if event is not None:
             books.spend(event)
-            event = event_of_spent(event)
+            event = dataclasses.replace(event, status="spent")
         weight = len(dataset) if site.config.federation.weighting == "examples" else 1
         if site.config.private or mechanism is not None:
             weight = 1
@@ -106,26 +106,24 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
         )
 
 
-def event_of_spent(event: Event) -> Event:
-    """`event`, spent."""
-    return Event(**event.as_dict() | {"status": "spent"})
-
-
 def trainer_for(config: RunConfig, schema: Schema, *, worker: int = 0) -> Trainer:
     """This process's trainer for a run: the model and its hooks are built once.
 
-    On the server too: the first weights of a run are this trainer's weights as built.
+    Its weights are whatever the last round left; every round loads its own.
     """
-    device = pick_device(config.train.device, worker)
-    key = (config_digest(config), repr(schema), str(device))
+    key = (config_digest(config), repr(schema), f"{config.train.device} {worker}")
     if key not in _trainers:
-        model = build_model(
-            schema, config.model, vocabulary=config.data.vocabulary, seed=config.seed
-        )
-        _trainers[key] = Trainer(model, Task.of(schema.target).loss, device)
+        _trainers[key] = new_trainer(config, schema, worker=worker)
         while len(_trainers) > _TRAINERS_KEPT:
             _trainers.popitem(last=False)
     return _trainers[key]
+
+
+def new_trainer(config: RunConfig, schema: Schema, *, worker: int = 0) -> Trainer:
+    """A trainer whose weights are the first ones of a run."""
+    model = build_model(schema, config.model, vocabulary=config.data.vocabulary, seed=config.seed)
+    device = pick_device(config.train.device, worker)
+    return Trainer(model, Task.of(schema.target).loss, device)
 
 
 @lru_cache(maxsize=16)  # each holds some file descriptors

@@ -82,6 +82,8 @@ class _Stoppable(GridView):
 
     def get_node_ids(self) -> Iterable[int]:
         """All the nodes of the grid behind it."""
+        if self._stop.is_set():
+            raise KeyboardInterrupt
         return self._grid.get_node_ids()
 
     def send_and_receive(

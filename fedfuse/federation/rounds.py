@@ -15,6 +15,7 @@ from typing import Protocol
 from flwr.serverapp import Grid
 
 from fedfuse.config import RunConfig, TrainConfig
+from fedfuse.errors import FederationError
 from fedfuse.federation.strategy import Aggregate, GuardedStrategy
 from fedfuse.federation.wire import (
     TrainRequest,
@@ -28,6 +29,8 @@ from fedfuse.privacy.spec import Mechanism
 from fedfuse.train import Job
 
 __all__ = ["Listener", "Outcome", "federate", "job_of", "learning_rate"]
+
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,7 @@ def federate(
     last: int,
     names: dict[int, str],
     listener: Listener,
+    connected: int = 1,
 ) -> None:
     """Runs the rounds `first` to `last`, from `weights`.
 
@@ -75,10 +79,12 @@ def federate(
     4. hand the outcome to `listener`, and go on from its weights
 
     `mechanism`: of one round, in every node; None promises nothing. `names`: of nodes by number,
-    completed here as they answer. Raises FederationError where too few updates are good.
+    completed here as they answer. `connected`: how many nodes to wait for before the first round.
+    Raises FederationError where too few nodes come, or too few updates are good.
     """
     digest, template = config_digest(config), template_of(weights)
     timeout = config.federation.round_timeout_s
+    _wait_for_nodes(grid, connected, timeout)
     for round in range(first, last + 1):
         began = time.monotonic()
         request = TrainRequest(
@@ -109,6 +115,19 @@ def federate(
                 bytes_received=received,
             )
         )
+
+
+def _wait_for_nodes(grid: Grid, count: int, timeout: float) -> None:
+    """Returns once `count` nodes are connected; Flower itself would wait for ever."""
+    end = time.monotonic() + timeout
+    while (there := len(list(grid.get_node_ids()))) < count:
+        if time.monotonic() > end:
+            raise FederationError(
+                f"{there} nodes are connected after {timeout:g} s, but {count} are needed",
+                where="federation",
+                hint="start more nodes, or lower federation.min_nodes",
+            )
+        time.sleep(_LOOK_S)
 
 
 def job_of(config: RunConfig, mechanism: Mechanism | None, round: int) -> Job:

@@ -15,7 +15,7 @@ from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
 from fedfuse.evaluate import evaluate
 from fedfuse.federation import spending
-from fedfuse.federation.node import trainer_for
+from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Observer, RoundRecord
 from fedfuse.federation.released import describe
 from fedfuse.federation.rounds import Outcome, federate
@@ -53,7 +53,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.task = Task.of(self.schema.target)
-        self._trainer = trainer_for(self.config, self.schema)
+        self._trainer = new_trainer(self.config, self.schema)
         self._strategy = build_strategy(self.config.federation, self.config.private)
         self._weights = self._trainer.weights()
         self._told: set[str] = set()
@@ -108,6 +108,7 @@ class Session:
             last=self.last,
             names=self.names,
             listener=self,
+            connected=len(self.nodes) or self.config.federation.min_nodes,
         )
 
     def round_starts(self, request: TrainRequest, asked: dict[int, str]) -> None:

@@ -18,7 +18,7 @@ from flwr.app import Context, RecordDict, UserConfig
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import Prepared, open_split, prepare
-from fedfuse.errors import FedfuseError, PrivacyError
+from fedfuse.errors import PrivacyError
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.loopback import LoopbackGrid, warm_up, worker_count
@@ -48,8 +48,9 @@ def simulate(
     3. run the rounds; after each, all of it is on the disk
     4. write the model and the summary
 
-    A KeyboardInterrupt (or SIGTERM) during the rounds ends the run: what is done is kept, and the
-    summary's status is "interrupted". `resume` goes on from there, with the budget as it stands.
+    A KeyboardInterrupt (or SIGTERM) during the rounds comes out again, after what is done was kept
+    with a summary whose status is "interrupted". `resume` goes on from there, with the budget as
+    it stands.
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
     """
@@ -66,41 +67,41 @@ def simulate(
         names = tuple(shard.name for shard in prepared.shards)
         schema, fingerprint, notes = prepared.schema, prepared.fingerprint, prepared.notes
         del prepared  # from here on it is memory-mapped
-        session = Session(
-            config=settled,
-            mechanism=mechanism,
-            folder=RunFolder.create(out, config, resume=resume),
-            schema=schema,
-            test=open_split(store, "test"),
-            observer=observer,
-            nodes=names,
-            last=config.train.rounds,
-            names=dict(enumerate(names, 1)) if loopback else {},
-        )
-        if resume:
-            notes += session.resume()
-        observer.prepared(_info(session, assumptions, notes))
-        status, problem = "finished", ""
-        try:
-            with quiet(session.folder.log, verbose=verbose):
-                _run(session, store, verbose=verbose)
-        except KeyboardInterrupt:
-            status = "interrupted"
-        except FedfuseError as error:
-            status, problem = "failed", str(error)
-            raise
-        finally:
-            session.abandon()
-            session.release()
-            summary = summarise(
-                session,
-                status=status,
-                problem=problem,
-                assumptions=assumptions,
-                notes=notes,
-                fingerprint=fingerprint,
+        folder = RunFolder.create(out, config, resume=resume)
+        with quiet(folder.log, verbose=verbose):
+            session = Session(
+                config=settled,
+                mechanism=mechanism,
+                folder=folder,
+                schema=schema,
+                test=open_split(store, "test"),
+                observer=observer,
+                nodes=names,
+                last=config.train.rounds,
+                names=dict(enumerate(names, 1)) if loopback else {},
             )
-            session.folder.write_summary(summary)
+            if resume:
+                notes += session.resume()
+            observer.prepared(_info(session, assumptions, notes))
+            status, problem = "finished", ""
+            try:
+                _run(session, store, verbose=verbose)
+            except BaseException as error:
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                problem = str(error)
+                raise
+            finally:
+                session.abandon()
+                session.release()
+                summary = summarise(
+                    session,
+                    status=status,
+                    problem=problem,
+                    assumptions=assumptions,
+                    notes=notes,
+                    fingerprint=fingerprint,
+                )
+                folder.write_summary(summary)
         return summary
 
 

@@ -34,8 +34,8 @@ def _lines(summary: Mapping[str, Any], run: Path) -> Iterator[str]:
     yield ""
     if headline["value"] is not None:
         result = f"{headline['value']:.4g}"
-        if headline.get("baseline") is not None:
-            result += f"  (the best constant answer: {headline['baseline']:.4g})"
+        if summary.get("majority") is not None:
+            result += f"  (the best constant answer: {summary['majority']:.4g})"
         yield _row(headline["name"], result)
     others = [
         f"{name.replace('_', ' ')} {value:.4g}"

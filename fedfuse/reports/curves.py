@@ -109,7 +109,7 @@ def _read(run: Path) -> Curves:
         },
         epsilon=tuple(_number(line.get("epsilon")) for line in lines),
         headline=headline.get("name") or (others or ["loss"])[0],
-        baseline=headline.get("baseline"),
+        baseline=summary.get("majority"),
     )
 
 

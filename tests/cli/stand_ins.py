@@ -106,7 +106,8 @@ def summary_of(config: RunConfig, *, status: str = "finished") -> dict[str, Any]
     return {
         "status": status,
         "name": config.name,
-        "headline": {"name": "accuracy", "value": 0.6, "baseline": 0.25},
+        "headline": {"name": "accuracy", "value": 0.6},
+        "majority": 0.25,
         "metrics": {"accuracy": 0.6, "loss": 0.3333},
         "privacy": {
             "private": private,

@@ -69,6 +69,7 @@ def test_a_run_without_a_promise_says_so_and_runs_again_from_its_own_config(tmp_
     first = fedfuse(tmp_path, "simulate", *words)
     assert first.returncode == 0, first.stderr
     assert "*** NOT PRIVATE ***" in first.stdout
+    assert "the best constant answer" in first.stdout
     assert "epsilon" not in first.stderr
     again = fedfuse(tmp_path, "simulate", "r/config.toml", "--out", "again", "--quiet")
     assert (again.returncode, again.stdout) == (0, "again\n"), again.stderr

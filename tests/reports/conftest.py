@@ -39,7 +39,7 @@ def write_run(tmp_path: Path) -> Write:
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         (run / "metrics.jsonl").write_text(text, encoding="utf-8")
         if finished:
-            summary = {"headline": {"name": "accuracy", "value": 0.9, "baseline": 0.25}}
+            summary = {"headline": {"name": "accuracy", "value": 0.9}, "majority": 0.25}
             (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return run
 

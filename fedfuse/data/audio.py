@@ -1,9 +1,10 @@
-"""Audio: a file to a log-mel spectrogram on a fixed, public scale."""
+"""Audio: a file to a log-mel spectrogram, brought to one scale by its own frames."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -23,7 +24,6 @@ __all__ = ["SUFFIXES", "AudioSpec", "audio_facts", "log_mel", "read_waveform"]
 SUFFIXES = frozenset({".wav", ".wave", ".flac", ".ogg", ".mp3", ".aiff", ".aif"})
 WINDOW_S = 0.032
 HOP_S = 0.016
-_SILENCE = -2 / 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class AudioSpec:
 
 
 def read_waveform(path: Path, spec: AudioSpec) -> tuple[NDArray[np.float32], int]:
-    """(mono samples in [-1, 1], cut or zero-padded to (spec.samples,); the file's own rate).
+    """(mono samples in [-1, 1], cut to at most spec.samples; the file's own rate).
 
     Raises DataError where the file is empty, no audio, cut off, or holds NaN or inf.
     """
@@ -63,27 +63,31 @@ def read_waveform(path: Path, spec: AudioSpec) -> tuple[NDArray[np.float32], int
     if rate != spec.rate:
         resample = _resampler(rate, spec.rate)
         mono = resample(torch.from_numpy(mono)).numpy()
-    wave = np.zeros(spec.samples, dtype=np.float32)
-    kept = mono[: spec.samples]
-    wave[: len(kept)] = kept
-    return wave, rate
+    return mono[: spec.samples], rate
 
 
-def log_mel(waves: NDArray[np.float32], spec: AudioSpec) -> NDArray[np.float32]:
-    """(B, samples) to (B, bands, frames): scaled log10 of the mel power spectrum.
+def log_mel(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np.float32]:
+    """B waveforms of up to spec.samples to (B, bands, frames): the log10 mel power spectrum.
 
-    The scale is fixed, so that it tells nothing of the data: ``(log10(p + 1e-6) + 4) / 1.5``, with
-    the window normalised to unit power. Silence is -1.33, a full-scale tone about +3.
+    Each record is brought to mean 0 and standard deviation 1 by its own frames, and the frames
+    after its end are 0. Nothing of it rests on other records; a short sound's silence neither
+    fills the scale nor tells how loud the recording was.
     """
     if not len(waves):
         return np.zeros((0, *spec.shape), dtype=np.float32)
+    padded = np.zeros((len(waves), spec.samples), dtype=np.float32)
+    heard = np.zeros((len(waves), 1, spec.frames), dtype=np.float32)
+    for row, wave in enumerate(waves):
+        padded[row, : len(wave)] = wave
+        heard[row, 0, : max(1, math.ceil(len(wave) / spec.hop))] = 1
     with torch.no_grad():
-        power = _mel(spec)(torch.from_numpy(waves))[..., : spec.frames]
-        scaled = (torch.log10(power + 1e-6) + 4) / 1.5
-    missing = spec.frames - scaled.shape[-1]
-    if missing > 0:
-        scaled = torch.nn.functional.pad(scaled, (0, missing), value=_SILENCE)
-    return scaled.numpy().astype(np.float32)
+        power = _mel(spec)(torch.from_numpy(padded))[..., : spec.frames]
+        level = torch.log10(power + 1e-6).numpy()
+    level = np.pad(level, ((0, 0), (0, 0), (0, spec.frames - level.shape[-1])))
+    count = spec.bands * heard.sum((1, 2), keepdims=True)
+    centred = (level - (level * heard).sum((1, 2), keepdims=True) / count) * heard
+    spread = np.sqrt((centred**2).sum((1, 2), keepdims=True) / count)
+    return np.asarray(centred / (spread + 1e-3), dtype=np.float32)
 
 
 def audio_facts(path: Path) -> tuple[int, float]:

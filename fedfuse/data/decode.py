@@ -110,8 +110,9 @@ def _check_rows(
         if need_client and split == "train" and not row.cells.get("client", ""):
             found.append(("client", "the client is blank", "say whose record it is"))
         if not any(s.present(tuple(row.cells[c] for c in s.columns)) for s in layout.all_sources):
-            hint = "a record needs at least one modality"
-            found.append(("", "all modalities are blank", hint))
+            # Kept: its label still counts towards how often each class occurs.
+            what = "all modalities are blank: the record has nothing but its label"
+            problems.append(Problem(line=row.line, id=name, column="", what=what, warning=True))
         for column, what, hint in found:
             problems.append(Problem(line=row.line, id=name, column=column, what=what, hint=hint))
             bad.add(i)
@@ -217,8 +218,7 @@ def _text(root: Path, cell: str) -> str:
 def _finish(values: list[NDArray[np.generic]], spec: Spec) -> NDArray[np.generic]:
     """The values of a chunk, stacked; waveforms become spectrograms together."""
     if isinstance(spec, AudioSpec):
-        waves = np.array(values, dtype=np.float32).reshape(len(values), spec.samples)
-        return log_mel(waves, spec)
+        return log_mel([np.asarray(wave, dtype=np.float32) for wave in values], spec)
     shape = (spec.width,) if isinstance(spec, TableSpec) else spec.shape
     kind = "u1" if isinstance(spec, ImageSpec) else "i4" if isinstance(spec, TextSpec) else "f4"
     return np.array(values, dtype=kind).reshape(len(values), *shape)

@@ -50,7 +50,8 @@ def build_encoder(modality: Modality, config: ModelConfig, vocabulary: int) -> n
 class PlaneEncoder(nn.Module):
     """Strided 3 x 3 convolutions over an image (C, H, W) or a log-mel spectrogram (bands, frames).
 
-    Each record is brought to zero mean and unit variance by its own statistics first.
+    An image is brought to zero mean and unit variance by its own statistics first; spectrograms
+    come so from the decoder, which knows where the sound ends.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int, depth: int, dim: int) -> None:
@@ -74,8 +75,7 @@ class PlaneEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) or (B, bands, frames) -> (B, D)."""
-        x = x if x.dim() == 4 else x.unsqueeze(1)
-        x = F.layer_norm(x, x.shape[1:], eps=1e-4)
+        x = F.layer_norm(x, x.shape[1:], eps=1e-4) if x.dim() == 4 else x.unsqueeze(1)
         x = self.pool(self.convolutions(x)).flatten(1)
         return self.project(x)  # type: ignore[no-any-return]
 

@@ -68,7 +68,6 @@ def make_bad_files(folder: Path) -> None:
         ({"id": "a"}, "id", "that of line 2"),
         ({"id": ""}, "id", "id is blank"),
         ({"client": ""}, "client", "client is blank"),
-        ({"image": "", "audio": "", "vec": "", "ser": "", "note": ""}, "", "all modalities"),
     ],
 )
 def test_a_bad_record_is_found_refused_or_left_out(
@@ -88,6 +87,18 @@ def test_a_bad_record_is_found_refused_or_left_out(
     assert "line 5" in str(error.value)
     prepared = prepare(DataConfig(manifest=str(path), skip_bad=True), seed=0)
     assert (prepared.skipped, len(prepared.train)) == (1, 1)
+
+
+def test_a_record_with_nothing_but_its_label_is_kept_with_a_warning(
+    media: Path, write_csv: WriteCsv
+) -> None:
+    blank = {"image": "", "audio": "", "vec": "", "ser": "", "note": ""}
+    path = write_csv(HEADER, with_row(**blank), toml="classes = ['no', 'yes']\n")
+    (problem,) = check(path)
+    assert (problem.line, problem.warning) == (5, True)
+    prepared = prepare(DataConfig(manifest=str(path)), seed=0)
+    assert (prepared.skipped, len(prepared.train)) == (0, 2)
+    assert not any(prepared.train.present(name)[1] for name in prepared.schema.names)
 
 
 def test_a_good_data_set_has_no_problems(media: Path, write_csv: WriteCsv) -> None:

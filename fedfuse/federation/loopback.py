@@ -36,6 +36,8 @@ __all__ = ["LoopbackGrid", "OnReply", "warm_up", "worker_count"]
 
 OnReply = Callable[[int, Message], None]
 _PRELOAD = ["fedfuse.federation.preload"]
+_FALSE_STARTS = 3
+"""So many workers in a row that end before they are ready are no accident."""
 _DIED = "the worker process died"
 
 
@@ -89,6 +91,7 @@ class LoopbackGrid(Grid):
         self._on_reply = on_reply
         self._log = log
         self._run = Run.create_empty(RUN_ID)
+        self._false_starts = 0
         self._outbox: list[Message] = []
         self._inbox: dict[str, Message] = {}
         # Forked from a process that has loaded torch once: no worker loads it again.
@@ -228,7 +231,7 @@ class LoopbackGrid(Grid):
             return
         match said:
             case ("ready",):
-                worker.ready = True
+                worker.ready, self._false_starts = True, 0
             case ("state", node, state):
                 self._states[node] = state
             case ("done", node, reply, state):
@@ -245,10 +248,11 @@ class LoopbackGrid(Grid):
     def _lost(self, worker: _Worker) -> None:
         """A worker died: its task is answered with an error, and another takes its place."""
         task, worker.task = worker.task, None
-        started = worker.ready
-        if not started:
+        if not worker.ready:
+            self._false_starts += 1
+        if self._false_starts >= _FALSE_STARTS:
             raise FederationError(
-                "a worker process ended while it was starting",
+                "worker processes end while they are starting",
                 where="federation.engine = loopback",
                 hint='a script that starts a run needs `if __name__ == "__main__":`; '
                 "the run folder's log may tell more",

@@ -226,9 +226,12 @@ class GuardedStrategy:
 
 
 def _fresh(reply: TrainReply) -> Message:
-    """A message for the strategy: it may take arrays out of it, and never sees another record."""
+    """A message for the strategy: it may take arrays out of it, and never sees another record.
+
+    Sorted by name, as `encode` does: some strategies pair arrays by their place alone.
+    """
     record = reply.to_record()
-    record["arrays"] = ArrayRecord(dict(reply.arrays or {}))
+    record["arrays"] = ArrayRecord(dict(sorted((reply.arrays or {}).items())))
     del record["config"]
     return GridView.reply(RecordDict(dict(record)))
 

@@ -83,8 +83,8 @@ def config_digest(config: RunConfig) -> str:
 
 
 def encode(weights: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
-    """`weights` as Flower carries them (NumPy's own format, which has no bfloat16)."""
-    return ArrayRecord({name: Array(np.asarray(value)) for name, value in weights.items()})
+    """`weights` as Flower carries them (NumPy's own format, which has no bfloat16), by name."""
+    return ArrayRecord({name: Array(np.asarray(weights[name])) for name in sorted(weights)})
 
 
 def decode(arrays: ArrayRecord, template: Template) -> Weights:

@@ -35,13 +35,9 @@ def event(node: str, round: int, status: str = "spent") -> Event:
     )
 
 
-def checkpoint(round: int, **more: Any) -> Checkpoint:
+def checkpoint(round: int) -> Checkpoint:
     return Checkpoint(
-        round=round,
-        weights=WEIGHTS,
-        strategy={"m_t/a": np.zeros(3)},
-        extra={"seconds": 1.5},
-        **more,
+        round=round, weights=WEIGHTS, strategy={"m_t/a": np.zeros(3)}, extra={"seconds": 1.5}
     )
 
 

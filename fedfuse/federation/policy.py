@@ -107,4 +107,5 @@ def scrubbed(error: BaseException) -> str:
     kind = type(error).__name__
     if not isinstance(error, FedfuseError) or isinstance(error, DataError):
         return kind
-    return f"{kind}: {_PATH.sub('<path>', error.what)[:400]}"
+    text = " ".join(_PATH.sub("<path>", error.what).split())
+    return f"{kind}: {text[:400]}"

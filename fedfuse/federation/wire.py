@@ -259,8 +259,10 @@ class TrainReply:
         return reply
 
     def _check(self, request: TrainRequest) -> None:
-        if not 0 < len(self.node) <= 200:
-            raise WireError("a node's name must have 1 to 200 characters")
+        if not (0 < len(self.node) <= 200 and self.node.isprintable()):
+            raise WireError("a node's name must be 1 to 200 printable characters")
+        if len(self.problem) > 1000 or not self.problem.isprintable():
+            raise WireError("a problem must be told in one line of at most 1000 characters")
         if self.status not in STATUSES:
             raise WireError(
                 f"status = {self.status[:40]!r}, but it must be {' or '.join(STATUSES)}"

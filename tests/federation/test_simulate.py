@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,16 +12,22 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 
 from fedfuse.config import RunConfig
-from fedfuse.errors import FederationError, PrivacyError, RunFolderError
+from fedfuse.data.prepare import prepare
+from fedfuse.errors import ConfigError, FederationError, PrivacyError, RunFolderError
+from fedfuse.federation.client import make_client_app
+from fedfuse.federation.loopback import LoopbackGrid
 from fedfuse.federation.observer import RoundRecord, RunInfo, Silent
 from fedfuse.federation.released import open_model
+from fedfuse.federation.server import make_server_app, serve
 from fedfuse.federation.simulate import simulate
 from fedfuse.runfolder import RunFolder
 from tests.federation.conftest import write_manifest
@@ -182,6 +189,60 @@ def test_repeated_subjects_are_refused_unless_records_are_units(
     assert simulate(config, tmp_path / "run", observer=Silent())["status"] == "finished"
 
 
+class Killer(Watch):
+    """Kills a worker in the middle of round 2."""
+
+    def node_finished(self, round: int, name: str, problem: str | None) -> None:
+        first = (round, name, problem) not in self.told and round == 2
+        super().node_finished(round, name, problem)
+        if first and len([line for line in self.told if line[0] == 2]) == 1:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGKILL)
+
+
+def test_a_run_survives_killed_workers_and_counts_what_they_had_reserved(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    watch = Killer()
+    summary = simulate(make_config(), tmp_path / "run", observer=watch)
+    assert summary["status"] == "finished"
+    failed = [len(record.failures) for record in watch.records]
+    assert failed[0] == failed[2] == 0
+    events = RunFolder.open(tmp_path / "run").events()
+    assert len(events) == 9
+    assert [event.status for event in events].count("reserved") == failed[1] >= 1
+    assert summary["privacy"]["steps"] == 6
+
+
+def test_a_server_that_knows_no_records_gives_the_same_model(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(privacy__declared_records=30)
+    simulate(config, tmp_path / "run", observer=Silent())
+    store = tmp_path / "store"
+    prepare(config.data, seed=config.seed).write(store)
+    with LoopbackGrid(
+        partial(make_client_app, config, str(store)), [{"partition-id": i} for i in range(3)]
+    ) as grid:
+        server = make_server_app(config)
+        context = Context(1, 0, {}, RecordDict(), {})
+        with pytest.raises(ConfigError, match="FEDFUSE_STORE"):
+            server(grid, context)
+        monkeypatch.setenv("FEDFUSE_STORE", str(store))
+        monkeypatch.setenv("FEDFUSE_OUT", str(tmp_path / "served"))
+        server(grid, context)
+    served = RunFolder.open(tmp_path / "served")
+    summary = served.summary()
+    assert summary is not None
+    assert summary["status"] == "finished"
+    expected, _ = RunFolder.open(tmp_path / "run").model()
+    for name, value in served.model()[0].items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-6)
+    undeclared = make_config(privacy__declared_records=0)
+    with pytest.raises(ConfigError, match="nobody may count"):
+        serve(grid, undeclared)
+
+
 def test_a_run_that_fails_says_why_and_keeps_what_is_done(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -221,19 +282,23 @@ def test_a_signal_leaves_a_readable_folder_and_no_process(
             """
         )
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "1"
-    # As a terminal does it: to the whole group.
-    os.killpg(process.pid, number)
-    _, stderr = process.communicate(timeout=30)
+    ) as process:
+        assert process.stdout is not None
+        try:
+            started = process.stdout.readline().strip()
+            # As a terminal does it: to the whole group.
+            os.killpg(process.pid, number)
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert started == "1", stderr
     assert process.returncode != 0
     assert "KeyboardInterrupt" in stderr
     assert "leaked" not in stderr

@@ -212,6 +212,8 @@ def test_metrics_beside_the_weight_are_refused(metrics: dict[str, Any]) -> None:
         ({"round": 3}, "answer to round 3"),
         ({"status": "fine"}, "status"),
         ({"node": ""}, "name"),
+        ({"node": "a\x1b[2J"}, "printable"),
+        ({"problem": "two\nlines"}, "one line"),
         ({"event": None}, "without its event"),
         ({"arrays": None}, "come with status"),
         ({"status": "failed"}, "come with status"),

@@ -150,18 +150,25 @@ class Words(nn.Module):
 
 
 class TextBag(nn.Module):
-    """The sum of the words' vectors over the root of their number, then one layer."""
+    """The sum of the words' vectors and the sum of the word pairs', over the root of their number,
+    then one layer.
+
+    A pair's vector is the product of its words' vectors, the second one shifted by a place, so
+    that order counts (binding by multiplication and permutation, Kanerva 2009,
+    doi:10.1007/s12559-009-9009-8).
+    """
 
     def __init__(self, words: Words, config: ModelConfig) -> None:
         super().__init__()
         self.words = words
-        self.project = nn.Linear(words.width, config.dim)
+        self.project = nn.Linear(2 * words.width, config.dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, D)."""
         vectors, seen = self.words(ids)
-        count = seen.sum(1, keepdim=True).clamp(min=1)
-        return self.project(vectors.sum(1) / count.sqrt())  # type: ignore[no-any-return]
+        pairs = vectors[:, :-1] * vectors[:, 1:].roll(1, dims=2)
+        both = torch.cat([vectors.sum(1), pairs.sum(1)], 1)
+        return self.project(both / seen.sum(1, keepdim=True).clamp(min=1).sqrt())  # type: ignore[no-any-return]
 
 
 class TextTransformer(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -31,14 +31,17 @@ class TrainConfig:
     """What a node does in a round, and how many rounds there are."""
 
     rounds: int = 20
-    local_steps: int = 4
-    """Optimizer steps that a node takes in a round, the same for every node."""
+    local_steps: int = 0
+    """Optimizer steps that a node takes in a round, the same for every node.
+    0: 4 where the run is private, else 12."""
     batch_size: int = 32
     """Records in a step where unit = "none"; a private step has q x declared_records expected."""
     optimizer: str = "sgd"
-    learning_rate: float = 0.5
+    learning_rate: float = 0.0
+    """0: 0.5 where the run is private (a step's sum is clipped and divided by a public size),
+    else 0.05; a tenth of that with adam."""
     momentum: float = 0.9
-    schedule: str = "constant"
+    schedule: str = "cosine"
     """How the learning rate goes over the rounds: one of SCHEDULES."""
     physical_batch: int = 256
     """The most records that pass through the model at once; larger steps are accumulated."""
@@ -124,6 +127,21 @@ class RunConfig:
         for key, value in flat.items():
             _put(tree, key, value)
         return cls.from_dict(tree, where="run config")
+
+    def with_defaults(self) -> RunConfig:
+        """A copy in which settings that depend on others are filled in; it looks at no data.
+
+        >>> RunConfig().with_defaults().train.local_steps
+        4
+        """
+        train = self.train
+        rate = (0.5 if self.private else 0.05) / (10 if train.optimizer == "adam" else 1)
+        train = replace(
+            train,
+            local_steps=train.local_steps or (4 if self.private else 12),
+            learning_rate=train.learning_rate or rate,
+        )
+        return replace(self, train=train)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""
@@ -266,9 +284,9 @@ def _check(config: RunConfig) -> None:
         ("model.text_layers", model.text_layers, 1, 64),
         ("model.text_heads", model.text_heads, 1, 64),
         ("train.rounds", train.rounds, 1, 1_000_000),
-        ("train.local_steps", train.local_steps, 1, 1_000_000),
+        ("train.local_steps", train.local_steps, 0, 1_000_000),
         ("train.batch_size", train.batch_size, 1, 1_000_000),
-        ("train.learning_rate", train.learning_rate, 1e-12, 1e6),
+        ("train.learning_rate", train.learning_rate, 0, 1e6),
         ("train.momentum", train.momentum, 0, 0.9999),
         ("train.physical_batch", train.physical_batch, 1, 1_000_000),
         ("privacy.epsilon", privacy.epsilon, 1e-3, 1e3),

@@ -19,6 +19,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fedfuse.privacy.accounting import shown
+
 if TYPE_CHECKING:
     from fedfuse.federation.observer import Observer, RoundRecord, RunInfo
 
@@ -158,7 +160,7 @@ class LiveView:
         if record is None or record.epsilon is None:
             return Text("nothing spent yet", style="dim")
         allowed = record.epsilon_allowed
-        label = f"epsilon {record.epsilon:.2f}"
+        label = f"epsilon {shown(record.epsilon)}"
         return _bar(record.epsilon, allowed, f"{label} of {allowed:g}") if allowed else Text(label)
 
 
@@ -201,7 +203,7 @@ def spent(record: RoundRecord) -> str:
     if record.epsilon is None:
         return "NOT PRIVATE"
     allowed = f" of {record.epsilon_allowed:g}" if record.epsilon_allowed else ""
-    return f"epsilon {record.epsilon:.2f}{allowed}"
+    return f"epsilon {shown(record.epsilon)}{allowed}"
 
 
 def duration(seconds: float | None) -> str:

@@ -15,13 +15,9 @@ from fedfuse.federation.wire import TrainRequest, mechanism_of
 from fedfuse.privacy import accounting
 from fedfuse.privacy.spec import Event, Mechanism, PrivacyConfig, Unit
 
-__all__ = ["Policy", "affordable", "scrubbed"]
+__all__ = ["Policy", "scrubbed"]
 
 _PATH = re.compile(r"(?:[A-Za-z]:)?(?:~|\.{0,2})[/\\][^\s'\",;:()]+")
-_FAR = 10.0
-"""An RDP epsilon this many times above the limit is refused without a closer look. RDP lies at
-most about 4 times above the tight bound, and the tight bound of an absurd request takes all the
-memory there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +72,7 @@ class Policy:
         ahead = request.rounds - request.round + 1
         rest = dataclasses.replace(mechanism, steps=mechanism.steps * ahead)
         past = [mechanism_of(event) for event in history]
-        if not affordable([*past, rest], self.epsilon, self.delta):
+        if not accounting.within([*past, rest], self.epsilon, self.delta):
             raise BudgetExceeded(
                 f"{ahead} rounds of {mechanism.steps} steps (q = {mechanism.sample_rate:g}, "
                 f"sigma = {mechanism.noise_multiplier:g}), after {len(past)} rounds before, would "
@@ -84,18 +80,6 @@ class Policy:
                 hint="ask for fewer rounds or steps, or for more noise",
             )
         return mechanism
-
-
-def affordable(mechanisms: Iterable[Mechanism], epsilon: float, delta: float) -> bool:
-    """Whether `mechanisms` together cost at most `epsilon`; quick also for absurd requests."""
-    total = list(mechanisms)
-    try:
-        above = accounting.epsilon_rdp(total, delta)
-    except (ValueError, ArithmeticError, OverflowError):
-        return False
-    if not above <= _FAR * epsilon + _FAR:  # also refuses NaN
-        return False
-    return above <= epsilon or accounting.within(total, epsilon, delta)
 
 
 def scrubbed(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import Protocol
 from flwr.serverapp import Grid
 
 from fedfuse.config import RunConfig, TrainConfig
-from fedfuse.errors import FederationError
+from fedfuse.errors import ConfigError, FederationError
 from fedfuse.federation.strategy import Aggregate, GuardedStrategy
 from fedfuse.federation.wire import (
     TrainRequest,
@@ -131,8 +131,10 @@ def _wait_for_nodes(grid: Grid, count: int, timeout: float) -> None:
 
 
 def job_of(config: RunConfig, mechanism: Mechanism | None, round: int) -> Job:
-    """What a node is asked to do in `round`."""
+    """What a node is asked to do in `round`, by a configuration that `settle` has filled in."""
     train, privacy = config.train, config.privacy
+    if not (train.local_steps and train.learning_rate):
+        raise ConfigError("train.local_steps or train.learning_rate is still open", where="train")
     if mechanism is not None:
         mechanism = dataclasses.replace(mechanism, steps=train.local_steps)
     fedprox = config.federation.strategy == "fedprox"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,8 @@ from fedfuse.data.prepare import open_split
 from fedfuse.errors import ConfigError
 from fedfuse.federation.observer import Silent
 from fedfuse.federation.session import Session
+from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
-from fedfuse.privacy.plan import plan
 from fedfuse.runfolder import RunFolder
 
 __all__ = ["OUT_VARIABLE", "STORE_VARIABLE", "make_server_app", "serve"]
@@ -59,19 +58,13 @@ def serve(grid: Grid, config: RunConfig) -> None:
             where="environment",
             hint="the first names the prepared test records, the second the run folder",
         )
-    privacy = config.privacy
-    if config.private and not privacy.declared_records:
-        raise ConfigError(
-            "privacy.declared_records = 0, but with real nodes nobody may count their records",
-            hint="declare the public size of a node's training data",
-        )
+    settled = settle(config, mean_records=None)
     test = open_split(Path(store), "test")
-    whole = plan(privacy, steps=config.train.rounds * config.train.local_steps)
     resume = (Path(out) / "config.toml").exists()
     folder = RunFolder.create(Path(out), config, resume=resume)
     session = Session(
-        config=config,
-        mechanism=whole and dataclasses.replace(whole, steps=config.train.local_steps),
+        config=settled.config,
+        mechanism=settled.mechanism,
         folder=folder,
         schema=test.schema,
         test=test,
@@ -87,4 +80,6 @@ def serve(grid: Grid, config: RunConfig) -> None:
     finally:
         session.abandon()
         session.release()
-        folder.write_summary(summarise(session, status=status, assumptions=(), notes=()))
+        folder.write_summary(
+            summarise(session, status=status, assumptions=settled.assumptions, notes=())
+        )

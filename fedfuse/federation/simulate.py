@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import tempfile
 import threading
@@ -25,9 +24,9 @@ from fedfuse.federation.loopback import LoopbackGrid, warm_up, worker_count
 from fedfuse.federation.observer import Observer, RunInfo
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
+from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
-from fedfuse.privacy.plan import plan
-from fedfuse.privacy.spec import Event, Mechanism, Unit
+from fedfuse.privacy.spec import Event, Unit
 from fedfuse.runfolder import RunFolder
 
 __all__ = ["simulate"]
@@ -61,7 +60,9 @@ def simulate(
     with _terminable(), tempfile.TemporaryDirectory(prefix="fedfuse-") as temporary:
         prepared = _prepare(config, Path(temporary))
         _refuse_repeats(config, prepared)
-        settled, mechanism, assumptions = _settle(config, prepared)
+        sizes = [len(shard.rows) for shard in prepared.shards]
+        settled = settle(config, mean_records=sum(sizes) / len(sizes))
+        assumptions = settled.assumptions
         store = Path(temporary) / "store"
         prepared.write(store)
         names = tuple(shard.name for shard in prepared.shards)
@@ -70,8 +71,8 @@ def simulate(
         folder = RunFolder.create(out, config, resume=resume)
         with quiet(folder.log, verbose=verbose):
             session = Session(
-                config=settled,
-                mechanism=mechanism,
+                config=settled.config,
+                mechanism=settled.mechanism,
                 folder=folder,
                 schema=schema,
                 test=open_split(store, "test"),
@@ -158,43 +159,6 @@ def _refuse_repeats(config: RunConfig, prepared: Prepared) -> None:
             where="data.manifest",
             hint="keep one record of each subject, or set privacy.records_are_units = true",
         )
-
-
-def _settle(
-    config: RunConfig, prepared: Prepared
-) -> tuple[RunConfig, Mechanism | None, tuple[str, ...]]:
-    """The configuration with nothing left open, the mechanism of a round, and what was assumed."""
-    privacy, train = config.privacy, config.train
-    if not config.private:
-        return config, None, ()
-    assumptions = []
-    if not privacy.declared_records:
-        sizes = [len(shard.rows) for shard in prepared.shards]
-        declared = _rounded(sum(sizes) / len(sizes))
-        privacy = dataclasses.replace(privacy, declared_records=declared)
-        assumptions.append(
-            f"privacy.declared_records = {declared}: the nodes' mean size, to one digit, is taken "
-            "as public"
-        )
-    if privacy.noise_seed:
-        assumptions.append("the noise follows from a seed: whoever knows it can remove the noise")
-    whole = plan(privacy, steps=train.rounds * train.local_steps)
-    if whole is None:
-        return config, None, ()
-    privacy = dataclasses.replace(privacy, noise_multiplier=whole.noise_multiplier)
-    settled = dataclasses.replace(config, privacy=privacy)
-    return settled, dataclasses.replace(whole, steps=train.local_steps), tuple(assumptions)
-
-
-def _rounded(value: float) -> int:
-    """`value` to one significant digit, at least 1.
-
-    >>> [_rounded(x) for x in (0.4, 37.4, 149.0, 951.0)]
-    [1, 40, 100, 1000]
-    """
-    if value < 1:
-        return 1
-    return int(round(value, -math.floor(math.log10(value))))
 
 
 def _history(session: Session) -> dict[int, tuple[Event, ...]]:

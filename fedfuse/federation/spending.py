@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from fedfuse.federation.policy import affordable
 from fedfuse.federation.wire import mechanism_of
 from fedfuse.privacy import accounting
 from fedfuse.privacy.spec import Event, Mechanism
@@ -49,7 +48,7 @@ def rounds_left(
     """How many rounds of `ahead`, at most `most`, every node can still afford."""
     histories = _largest(nodes.values()) or [()]
     for count in range(most, 0, -1):
-        if all(affordable([*past, *[ahead] * count], epsilon, delta) for past in histories):
+        if all(accounting.within([*past, *[ahead] * count], epsilon, delta) for past in histories):
             return count
     return 0
 

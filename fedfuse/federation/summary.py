@@ -76,9 +76,9 @@ def _privacy(session: Session) -> dict[str, Any]:
     return {
         "private": True,
         "statement": (
-            f"({most:.3g}, {delta:g})-differential privacy for one {mechanism.unit.value} added to "
-            "or removed from any one node's training data, against the server, the other nodes "
-            "and whoever gets the model."
+            f"({accounting.shown(most)}, {delta:g})-differential privacy for one "
+            f"{mechanism.unit.value} added to or removed from any one node's training data, "
+            "against the server, the other nodes and whoever gets the model."
         ),
         "unit": mechanism.unit.value,
         "neighbouring_relation": "add or remove one record",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedfuse.privacy.accounting import shown
 from fedfuse.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _privacy(figure: Figure, curves: Curves) -> None:
     _note(axes, curves.epsilon_allowed, f"allowed: ε = {curves.epsilon_allowed:g}", RED)
     seen = [value for value in spent if math.isfinite(value)]
     axes.set_ylim(0, max([curves.epsilon_allowed, *seen]) * 1.12)
-    axes.set_title(f"{curves.name}: ε = {spent[-1]:.2f} of {curves.epsilon_allowed:g} spent")
+    axes.set_title(f"{curves.name}: ε = {shown(spent[-1])} of {curves.epsilon_allowed:g} spent")
 
 
 def _line(axes: Axes, rounds: tuple[int, ...], values: Any, colour: str) -> None:

@@ -71,6 +71,7 @@ def make_config(manifest: Path) -> MakeConfig:
             "model.vector_width": 8,
             "train.rounds": 3,
             "train.local_steps": 2,
+            "train.learning_rate": 0.5,
             "privacy.sample_rate": 0.5,
             "privacy.noise_multiplier": 1.2,
             "privacy.epsilon": 30.0,

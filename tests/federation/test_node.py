@@ -21,9 +21,10 @@ from fedfuse.federation.books import Books, DurableContext
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import received, with_id
 from fedfuse.federation.node import Site, answer, new_trainer
-from fedfuse.federation.policy import Policy, affordable, scrubbed
+from fedfuse.federation.policy import Policy, scrubbed
 from fedfuse.federation.rounds import job_of, learning_rate
 from fedfuse.federation.wire import TrainReply, TrainRequest, config_digest, encode
+from fedfuse.privacy import accounting
 from fedfuse.privacy.plan import plan
 from fedfuse.privacy.spec import Mechanism, Unit
 
@@ -259,20 +260,20 @@ def test_only_the_class_and_public_words_of_an_error_leave(error: Exception, tex
     assert scrubbed(error) == text
 
 
-def test_affordable_agrees_with_the_accountant_where_it_is_close() -> None:
+def test_the_policys_accountant_agrees_with_the_accountant_where_it_is_close() -> None:
     one = Mechanism(
         unit=Unit.RECORD, sample_rate=0.25, noise_multiplier=1.0, clip_norm=1.0, steps=20
     )
     from fedfuse.privacy.accounting import epsilon
 
     spent = epsilon([one], 1e-5)
-    assert affordable([one], spent * 1.001, 1e-5)
-    assert not affordable([one], spent * 0.999, 1e-5)
-    assert affordable([], 0.1, 1e-5)
+    assert accounting.within([one], spent * 1.001, 1e-5)
+    assert not accounting.within([one], spent * 0.999, 1e-5)
+    assert accounting.within([], 0.1, 1e-5)
 
 
 def test_the_learning_rate_follows_its_schedule(config: RunConfig) -> None:
-    train = dataclasses.replace(config.train, rounds=4, learning_rate=1.0)
+    train = dataclasses.replace(config.train, rounds=4, learning_rate=1.0, schedule="constant")
     assert [learning_rate(train, r) for r in (1, 4)] == [1.0, 1.0]
     cosine = dataclasses.replace(train, schedule="cosine")
     rates = [learning_rate(cosine, r) for r in (1, 2, 3, 4)]

@@ -1,0 +1,77 @@
+"""What a configuration leaves open, settled before the first round: nothing is decided later."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from fedfuse.config import RunConfig
+from fedfuse.errors import ConfigError
+from fedfuse.privacy.plan import plan
+from fedfuse.privacy.spec import Mechanism
+
+__all__ = ["Settled", "settle"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """A configuration with nothing left open, and what that rests on."""
+
+    config: RunConfig
+    mechanism: Mechanism | None
+    """Of one round in every node; None promises nothing."""
+    assumptions: tuple[str, ...]
+    """What the promise takes as given."""
+
+
+def settle(config: RunConfig, *, mean_records: float | None) -> Settled:
+    """`config` with learning rate, steps, declared size and sigma filled in.
+
+    mean_records  the nodes' mean size in a simulation, which takes it, rounded, as the declared
+                  one where none is given; None with real nodes, whose size nobody may count
+
+    Raises ConfigError where what must be public is not declared, PrivacyError where the promise
+    cannot be kept.
+    """
+    config = config.with_defaults()
+    if not config.private:
+        return Settled(config=config, mechanism=None, assumptions=())
+    privacy, train = config.privacy, config.train
+    assumptions = [
+        "the valid and test splits belong to the server: the promise covers training records only",
+        "the configuration is public and was not chosen by looking at the training records",
+    ]
+    if not privacy.declared_records:
+        if mean_records is None:
+            raise ConfigError(
+                "privacy.declared_records = 0, but with real nodes nobody may count their records",
+                hint="declare the public size of a node's training data",
+            )
+        declared = _rounded(mean_records)
+        privacy = dataclasses.replace(privacy, declared_records=declared)
+        assumptions.append(
+            f"privacy.declared_records = {declared}: the nodes' mean size, to one digit, is taken "
+            "as public"
+        )
+    if privacy.noise_seed:
+        assumptions.append("the noise follows from a seed: whoever knows it can remove the noise")
+    whole = plan(privacy, steps=train.rounds * train.local_steps)
+    assert whole is not None  # private
+    privacy = dataclasses.replace(privacy, noise_multiplier=whole.noise_multiplier)
+    return Settled(
+        config=dataclasses.replace(config, privacy=privacy),
+        mechanism=dataclasses.replace(whole, steps=train.local_steps),
+        assumptions=tuple(assumptions),
+    )
+
+
+def _rounded(value: float) -> int:
+    """`value` to one significant digit, at least 1.
+
+    >>> [_rounded(x) for x in (0.4, 37.4, 149.0, 951.0)]
+    [1, 40, 100, 1000]
+    """
+    if value < 1:
+        return 1
+    return int(round(value, -math.floor(math.log10(value))))

@@ -275,6 +275,8 @@ def _check(config: RunConfig) -> None:
         ("model.head_width", model.head_width, 0, 65536),
         ("model.image_width", model.image_width, 1, 4096),
         ("model.image_depth", model.image_depth, 1, 8),
+        ("model.image_terms", model.image_terms, 0, 512),
+        ("model.audio_terms", model.audio_terms, 0, 512),
         ("model.audio_width", model.audio_width, 1, 4096),
         ("model.audio_depth", model.audio_depth, 1, 8),
         ("model.series_width", model.series_width, 1, 4096),

@@ -26,10 +26,18 @@ def build_encoder(modality: Modality, config: ModelConfig, vocabulary: int) -> n
     """The encoder of `modality`: (B, *modality.shape) -> (B, config.dim)."""
     match modality.kind:
         case Kind.IMAGE:
-            return PlaneEncoder(modality.shape, config.image_width, config.image_depth, config.dim)
+            return PlaneEncoder(
+                modality.shape,
+                config.image_width,
+                config.image_depth,
+                config.image_terms,
+                config.dim,
+            )
         case Kind.AUDIO:
             shape = (1, *modality.shape)
-            return PlaneEncoder(shape, config.audio_width, config.audio_depth, config.dim)
+            return PlaneEncoder(
+                shape, config.audio_width, config.audio_depth, config.audio_terms, config.dim
+            )
         case Kind.SERIES:
             return SeriesEncoder(
                 modality.shape, config.series_width, config.series_depth, config.dim
@@ -48,36 +56,61 @@ def build_encoder(modality: Modality, config: ModelConfig, vocabulary: int) -> n
 
 
 class PlaneEncoder(nn.Module):
-    """Strided 3 x 3 convolutions over an image (C, H, W) or a log-mel spectrogram (bands, frames).
+    """Strided 3 x 3 convolutions over an image (C, H, W) or a log-mel spectrogram (bands, frames),
+    beside fixed cosine terms of it.
 
     An image is brought to zero mean and unit variance by its own statistics first; spectrograms
     come so from the decoder, which knows where the sound ends.
+
+    Cosine terms (Ahmed, Natarajan and Rao 1974; over the bands of a log-mel spectrogram: its mel
+    cepstrum, Davis and Mermelstein 1980) have no parameters, so they learn nothing of anybody and
+    carry no noise: with a promise, good fixed features are worth more than deep learned ones
+    (Tramer and Boneh 2021, arXiv:2011.11660v3).
     """
 
-    def __init__(self, shape: tuple[int, ...], width: int, depth: int, dim: int) -> None:
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(
+        self, shape: tuple[int, ...], width: int, depth: int, terms: int, dim: int
+    ) -> None:
         super().__init__()
         channels, height, width_in = shape
         layers: list[nn.Module] = []
+        inner, inner_h, inner_w = channels, height, width_in
         for layer in range(depth):
             out = width * 2**layer
-            stride = 2 if min(height, width_in) >= 4 else 1
+            stride = 2 if min(inner_h, inner_w) >= 4 else 1
             layers += [
-                nn.Conv2d(channels, out, 3, stride=stride, padding=1),
+                nn.Conv2d(inner, out, 3, stride=stride, padding=1),
                 nn.GroupNorm(groups_for(out), out),
                 nn.GELU(),
             ]
-            channels = out
-            height, width_in = -(-height // stride), -(-width_in // stride)
+            inner, inner_h, inner_w = out, -(-inner_h // stride), -(-inner_w // stride)
         self.convolutions = nn.Sequential(*layers)
-        grid = (min(4, height), min(4, width_in))
+        grid = (min(4, inner_h), min(4, inner_w))
         self.pool = nn.AdaptiveAvgPool2d(grid)
-        self.project = nn.Linear(channels * grid[0] * grid[1], dim)
+        self.register_buffer("rows", _cosines(height, terms), persistent=False)
+        self.register_buffer("columns", _cosines(width_in, terms), persistent=False)
+        fixed = channels * len(self.rows) * len(self.columns)
+        self.project = nn.Linear(inner * grid[0] * grid[1] + fixed, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) or (B, bands, frames) -> (B, D)."""
         x = F.layer_norm(x, x.shape[1:], eps=1e-4) if x.dim() == 4 else x.unsqueeze(1)
-        x = self.pool(self.convolutions(x)).flatten(1)
-        return self.project(x)  # type: ignore[no-any-return]
+        features = [self.pool(self.convolutions(x)).flatten(1)]
+        if len(self.rows):
+            terms = torch.einsum("kh,bchw,lw->bckl", self.rows, x, self.columns).flatten(1)
+            features.append(0.5 * F.layer_norm(terms, terms.shape[1:]))
+        return self.project(torch.cat(features, 1))  # type: ignore[no-any-return]
+
+
+def _cosines(length: int, terms: int) -> Tensor:
+    """(min(terms, length), length): the first rows of the orthogonal DCT-II, but for the scale of
+    row 0."""
+    place = torch.arange(length) + 0.5
+    order = torch.arange(min(terms, length))[:, None]
+    return torch.cos(math.pi * order * place / length) * math.sqrt(2 / length)
 
 
 class SeriesEncoder(nn.Module):

@@ -29,10 +29,14 @@ class ModelConfig:
     """Channels of the first image convolution; each further layer doubles them."""
     image_depth: int = 3
     """Convolutions of the image encoder."""
+    image_terms: int = 8
+    """Besides the convolutions, the lowest so many 2-D cosine terms in each direction; 0 is none."""
     audio_width: int = 8
     """Channels of the first audio convolution."""
     audio_depth: int = 3
     """Convolutions of the audio encoder."""
+    audio_terms: int = 18
+    """The same of a spectrogram: over frequency that is its cepstrum."""
     series_width: int = 16
     """Channels of the first convolution over time."""
     series_depth: int = 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.fft import dct
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
+from fedfuse.models.encoders import _cosines
 from fedfuse.models.model import build_model
 from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS, ModelConfig
 
@@ -109,3 +112,21 @@ def test_fixed_word_vectors_are_public_and_do_not_travel() -> None:
     names = set(build_model(schema, ModelConfig(), vocabulary=50).state_dict())
     learned = set(build_model(schema, ModelConfig(learned_words=True), vocabulary=50).state_dict())
     assert learned - names == {"encoders.0.words.table.weight"}
+
+
+def test_cosine_terms_are_the_orthogonal_dct() -> None:
+    for length, terms in ((40, 18), (7, 7), (3, 8), (1, 4)):
+        kept = min(terms, length)
+        expected = dct(np.eye(length), axis=0, norm="ortho")[:kept]
+        expected[0] *= np.sqrt(2)
+        np.testing.assert_allclose(_cosines(length, terms).numpy(), expected, atol=1e-6)
+    assert _cosines(5, 0).shape == (0, 5)
+
+
+def test_a_plane_without_cosine_terms_has_convolutions_alone() -> None:
+    schema = schema_of("image", "audio")
+    plain = ModelConfig(image_terms=0, audio_terms=0)
+    model = build_model(schema, plain, vocabulary=50)
+    assert model(random_batch(schema, 2, 0)).shape == (2, 1)
+    fixed = build_model(schema, ModelConfig(), vocabulary=50)
+    assert set(model.state_dict()) == set(fixed.state_dict())

@@ -1,0 +1,7 @@
+"""`python -m fedfuse` is the command `fedfuse`."""
+
+from __future__ import annotations
+
+from fedfuse.cli import main
+
+raise SystemExit(main())

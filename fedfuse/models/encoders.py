@@ -108,9 +108,9 @@ class PlaneEncoder(nn.Module):
 def _cosines(length: int, terms: int) -> Tensor:
     """(min(terms, length), length): the first rows of the orthogonal DCT-II, but for the scale of
     row 0."""
-    place = torch.arange(length) + 0.5
+    place = torch.arange(length, dtype=torch.float64) + 0.5
     order = torch.arange(min(terms, length))[:, None]
-    return torch.cos(math.pi * order * place / length) * math.sqrt(2 / length)
+    return (torch.cos(math.pi * order * place / length) * math.sqrt(2 / length)).float()
 
 
 class SeriesEncoder(nn.Module):

@@ -30,7 +30,7 @@ SCHEDULES = ("constant", "cosine")
 class TrainConfig:
     """What a node does in a round, and how many rounds there are."""
 
-    rounds: int = 20
+    rounds: int = 40
     local_steps: int = 0
     """Optimizer steps that a node takes in a round, the same for every node.
     0: 4 where the run is private, else 12."""

@@ -45,7 +45,7 @@ class ModelConfig:
     """Hidden units of the encoder of vectors and tables."""
     text_encoder: str = "bag"
     """One of TEXT_ENCODERS."""
-    text_width: int = 32
+    text_width: int = 64
     """Width of a word's vector."""
     text_layers: int = 1
     """Transformer or GRU layers."""

@@ -35,7 +35,7 @@ _USED = {
     "name", "task", "classes", "class_names", "labels", "num_classes", "modalities", "target",
     "target_range", "target_mean", "target_std", "target_min", "target_max", "label_range",
     "label_mean", "label_std", "label_min", "label_max", "range", "description", "license",
-    "source", "version",
+    "source", "version", "client", "manifests",
 }  # fmt: skip
 
 

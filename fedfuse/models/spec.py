@@ -30,7 +30,7 @@ class ModelConfig:
     image_depth: int = 3
     """Convolutions of the image encoder."""
     image_terms: int = 8
-    """Besides the convolutions, the lowest so many 2-D cosine terms in each direction; 0 is none."""
+    """Beside the convolutions, so many 2-D cosine terms in each direction; 0 leaves them out."""
     audio_width: int = 8
     """Channels of the first audio convolution."""
     audio_depth: int = 3

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 from flwr.app import Context, RecordDict
 
 from fedfuse.config import RunConfig
@@ -60,9 +62,12 @@ class Watch(Silent):
         self.records.append(record)
 
 
-def test_a_run_writes_all_that_its_summary_says(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_writes_all_that_its_summary_says(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watch = Watch()
-    before = set(Path(tempfile.gettempdir()).glob("fedfuse-*"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     config = make_config(privacy__noise_seed="")
     summary = simulate(config, tmp_path / "run", observer=watch)
 
@@ -88,7 +93,24 @@ def test_a_run_writes_all_that_its_summary_says(make_config: MakeConfig, tmp_pat
     assert watch.info.nodes == ("site-a", "site-b", "site-c")
     assert [record.round for record in watch.records] == [1, 2, 3]
     assert {(3, f"site-{x}", None) for x in "abc"} <= set(watch.told)
-    assert set(Path(tempfile.gettempdir()).glob("fedfuse-*")) <= before
+    assert list((tmp_path / "tmp").glob("fedfuse-*")) == []
+
+
+def test_the_books_give_the_same_epsilon_to_who_does_not_use_fedfuse(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """events.jsonl read as plain JSON, composed by dp-accounting as its documentation says."""
+    summary = simulate(make_config(), tmp_path / "run", observer=Silent())
+    accountants: dict[str, PLDAccountant] = {}
+    for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        accountant = accountants.setdefault(event["node"], PLDAccountant())
+        step = PoissonSampledDpEvent(
+            event["sample_rate"], GaussianDpEvent(event["noise_multiplier"])
+        )
+        accountant.compose(step, event["steps"])
+    found = {node: accountant.get_epsilon(1e-5) for node, accountant in accountants.items()}
+    assert found == pytest.approx(summary["privacy"]["epsilon_by_node"], rel=1e-3)
 
 
 def test_a_run_that_is_not_private_names_no_epsilon(

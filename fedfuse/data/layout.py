@@ -23,7 +23,7 @@ from fedfuse.data.series import SeriesSpec
 from fedfuse.data.spec import DataConfig
 from fedfuse.data.table import TableSpec
 from fedfuse.data.target import find_target, target_column
-from fedfuse.data.text import TextSpec
+from fedfuse.data.text import TextSpec, load_tokenizer
 from fedfuse.data.vector import VectorSpec
 from fedfuse.errors import DataError
 
@@ -151,7 +151,13 @@ def _spec(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) -
         case Kind.AUDIO:
             return _audio(source, config, probe, notes)
         case Kind.TEXT:
-            return TextSpec(tokens=config.text_tokens, vocabulary=config.vocabulary)
+            if config.tokenizer:
+                load_tokenizer(config.tokenizer)  # an error belongs here, not to each record
+            return TextSpec(
+                tokens=config.text_tokens,
+                vocabulary=config.vocabulary,
+                tokenizer=config.tokenizer,
+            )
         case Kind.TABLE if source.table:
             return TableSpec(columns=source.table)
         case _:

@@ -46,5 +46,8 @@ class DataConfig:
     """Words of a text that are kept."""
     vocabulary: int = 4096
     """Hash buckets for words (a public hash, no word list is learned from data)."""
+    tokenizer: str = ""
+    """A transformers tokenizer in place of the word hash: a folder, or a hub id. Set `vocabulary`
+    to its size plus one, or ids share buckets."""
     series_steps: int = 0
     """Time steps that a sensor series is cut or zero-padded to."""

@@ -1,4 +1,7 @@
-"""Text: words to token ids by a public hash; no word list is learned from data."""
+"""Text: words to token ids by a public hash, or by a tokenizer that the user names.
+
+No word list is ever learned from the records.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TextSpec", "token_ids"]
+from fedfuse.errors import DataError
+
+__all__ = ["TextSpec", "load_tokenizer", "token_ids"]
 
 _WORD = re.compile(r"\w+(?:'\w+)?", re.UNICODE)
 
@@ -21,6 +27,8 @@ class TextSpec:
 
     tokens: int
     vocabulary: int
+    tokenizer: str = ""
+    """A transformers tokenizer, by folder or hub id; "" hashes words."""
 
     @property
     def shape(self) -> tuple[int]:
@@ -35,9 +43,33 @@ def token_ids(text: str, spec: TextSpec) -> NDArray[np.int32]:
     [848, 1174, 848, 0]
     """
     ids = np.zeros(spec.tokens, dtype=np.int32)
+    if spec.tokenizer:
+        found = load_tokenizer(spec.tokenizer)(text, truncation=True, max_length=spec.tokens)
+        # 0 is padding here, whatever it is in the tokenizer.
+        kept = [1 + number % (spec.vocabulary - 1) for number in found["input_ids"]]
+        ids[: len(kept)] = kept
+        return ids
     words = _WORD.findall(text.lower())[: spec.tokens]
     ids[: len(words)] = [_bucket(word, spec.vocabulary) for word in words]
     return ids
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer in a folder, or of a hub id. Raises DataError where it cannot be loaded.
+
+    Code that comes with a tokenizer is never run.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"tokenizer {name!r} cannot be loaded ({type(error).__name__})",
+            where="data.tokenizer",
+            hint="name a folder that save_pretrained wrote, or a hub id if there is a network",
+        ) from None
 
 
 @lru_cache(maxsize=65536)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from fedfuse.data.audio import AudioSpec, audio_facts, log_mel, read_waveform
 from fedfuse.data.image import ImageSpec, image_facts, read_image
@@ -14,7 +16,7 @@ from fedfuse.data.inline import number, numbers
 from fedfuse.data.media import media_path, read_array
 from fedfuse.data.series import SeriesSpec, fit_series
 from fedfuse.data.table import TableColumn, TableSpec, fit_table, read_cells, with_flags
-from fedfuse.data.text import TextSpec, token_ids
+from fedfuse.data.text import TextSpec, load_tokenizer, token_ids
 from fedfuse.data.vector import VectorSpec, fit_vector
 from fedfuse.errors import DataError
 
@@ -244,3 +246,28 @@ def test_a_cell_that_is_no_path_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         media_path(tmp_path, "patient is positive")
     assert "positive" not in str(error.value)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    """A tokenizer of five words in a folder, as save_pretrained writes it."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "oil": 1, "leaks": 2, "no": 3}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(
+        tmp_path / "tok"
+    )
+    return str(tmp_path / "tok")
+
+
+def test_a_named_tokenizer_takes_the_place_of_the_hash(tokenizer: str) -> None:
+    spec = TextSpec(tokens=4, vocabulary=5, tokenizer=tokenizer)
+    assert token_ids("oil leaks", spec).tolist() == [2, 3, 0, 0]
+    assert token_ids("no unknown oil leaks here", spec).tolist() == [4, 1, 2, 3]
+    few = TextSpec(tokens=2, vocabulary=3, tokenizer=tokenizer)
+    assert token_ids("no oil", few).tolist() == [2, 2]
+
+
+def test_a_tokenizer_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be loaded") as error:
+        load_tokenizer(str(tmp_path / "none"))
+    assert "save_pretrained" in str(error.value)

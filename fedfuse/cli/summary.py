@@ -46,7 +46,8 @@ def _lines(summary: Mapping[str, Any], run: Path) -> Iterator[str]:
         yield _row("", ", ".join(others))
     privacy = summary["privacy"]
     if not privacy["private"]:
-        yield _row("privacy", "*** NOT PRIVATE ***  " + privacy["statement"])
+        why = privacy["statement"].removeprefix("NOT PRIVATE: ")
+        yield _row("privacy", f"*** NOT PRIVATE ***  {why}")
     else:
         yield _row("privacy", privacy["statement"])
     for name in ("assumptions", "notes"):

@@ -54,8 +54,8 @@ class FederationConfig:
     """How updates become one model, and what runs the nodes."""
 
     strategy: str = "fedavg"
-    server_learning_rate: float = 1.0
-    """Of fedavgm; for fedadam and fedyogi it is eta."""
+    server_learning_rate: float = 0.0
+    """Of fedavgm; for fedadam and fedyogi it is eta. 0: 1 for fedavgm, 0.01 for the others."""
     server_momentum: float = 0.9
     """Of fedavgm; beta_1 of fedadam and fedyogi."""
     tau: float = 1e-3
@@ -297,7 +297,7 @@ def _check(config: RunConfig) -> None:
         ("privacy.sample_rate", privacy.sample_rate, 1e-9, 1),
         ("privacy.noise_multiplier", privacy.noise_multiplier, 0, 1e6),
         ("privacy.declared_records", privacy.declared_records, 0, 10**12),
-        ("federation.server_learning_rate", federation.server_learning_rate, 1e-12, 1e6),
+        ("federation.server_learning_rate", federation.server_learning_rate, 0, 1e6),
         ("federation.server_momentum", federation.server_momentum, 0, 0.9999),
         ("federation.tau", federation.tau, 1e-12, 1e3),
         ("federation.proximal_mu", federation.proximal_mu, 0, 1e6),

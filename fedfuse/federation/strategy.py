@@ -62,7 +62,7 @@ def build_strategy(federation: FederationConfig, private: bool) -> GuardedStrate
         "weighted_by_key": WEIGHT,
     }
     adaptive = common | {
-        "eta": federation.server_learning_rate,
+        "eta": federation.server_learning_rate or 0.01,
         "beta_1": federation.server_momentum,
         "tau": federation.tau,
     }
@@ -74,7 +74,7 @@ def build_strategy(federation: FederationConfig, private: bool) -> GuardedStrate
             inner = FedProx(proximal_mu=federation.proximal_mu, **common)  # type: ignore[arg-type]
         case "fedavgm":
             inner = FedAvgM(
-                server_learning_rate=federation.server_learning_rate,
+                server_learning_rate=federation.server_learning_rate or 1.0,
                 server_momentum=federation.server_momentum,
                 **common,  # type: ignore[arg-type]
             )

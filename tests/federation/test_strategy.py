@@ -74,7 +74,8 @@ def one_round(
 def oracle(name: str, start: Weights, rounds: list[list[Weights]]) -> Weights:
     """Each strategy in float64 NumPy, from the papers."""
     config = FederationConfig()
-    lr, beta, tau, beta_2 = config.server_learning_rate, config.server_momentum, config.tau, 0.99
+    lr = 0.01 if name in ("fedadam", "fedyogi") else 1.0
+    beta, tau, beta_2 = config.server_momentum, config.tau, 0.99
     x = {k: v.astype(np.float64) for k, v in start.items()}
     m = {k: np.zeros_like(v) for k, v in x.items()}
     v = {k: np.zeros_like(v) for k, v in x.items()}

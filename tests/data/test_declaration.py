@@ -79,10 +79,8 @@ def test_synonyms_of_the_task(task: str, kind: TargetKind, tmp_path: Path) -> No
 
 
 def test_unknown_fields_are_named_not_refused(tmp_path: Path) -> None:
-    assert declare(tmp_path, name="x", manifests=[], client="ward").unused == (
-        "client",
-        "manifests",
-    )
+    said = declare(tmp_path, name="x", manifests=[], client="ward", colour="red", age=3)
+    assert said.unused == ("age", "colour")
 
 
 @pytest.mark.parametrize(

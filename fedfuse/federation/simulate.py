@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -57,7 +59,8 @@ def simulate(
     loopback = config.federation.engine == "loopback"
     if loopback:
         warm_up()
-    with _terminable(), tempfile.TemporaryDirectory(prefix="fedfuse-") as temporary:
+    _sweep()
+    with _terminable(), tempfile.TemporaryDirectory(prefix=f"fedfuse-{os.getpid()}-") as temporary:
         prepared = _prepare(config, Path(temporary))
         _refuse_repeats(config, prepared)
         sizes = [len(shard.rows) for shard in prepared.shards]
@@ -202,6 +205,28 @@ def _info(session: Session, assumptions: tuple[str, ...], notes: tuple[str, ...]
         assumptions=assumptions,
         notes=notes,
     )
+
+
+def _sweep() -> None:
+    """Removes decoded data that a run left behind when it was killed outright."""
+    for folder in Path(tempfile.gettempdir()).glob("fedfuse-*-*"):
+        number = folder.name.split("-")[1]
+        try:
+            ours = folder.stat().st_uid == os.getuid()
+        except OSError:  # another run has just removed it
+            continue
+        if ours and number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 @contextmanager

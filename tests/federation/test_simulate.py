@@ -66,7 +66,12 @@ def test_a_run_writes_all_that_its_summary_says(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = Watch()
-    (tmp_path / "tmp").mkdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = tmp_path / "tmp" / f"fedfuse-{gone.pid}-x"  # by a run that was killed outright
+    running = tmp_path / "tmp" / f"fedfuse-{os.getpid()}-x"
+    for folder in (left, running):
+        folder.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     config = make_config(privacy__noise_seed="")
     summary = simulate(config, tmp_path / "run", observer=watch)
@@ -93,7 +98,7 @@ def test_a_run_writes_all_that_its_summary_says(
     assert watch.info.nodes == ("site-a", "site-b", "site-c")
     assert [record.round for record in watch.records] == [1, 2, 3]
     assert {(3, f"site-{x}", None) for x in "abc"} <= set(watch.told)
-    assert list((tmp_path / "tmp").glob("fedfuse-*")) == []
+    assert list((tmp_path / "tmp").glob("fedfuse-*")) == [running]
 
 
 def test_the_books_give_the_same_epsilon_to_who_does_not_use_fedfuse(

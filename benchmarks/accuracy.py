@@ -39,7 +39,7 @@ def run(scenario: str, modalities: Sequence[str], unit: str, seed: int, data: st
             command += ["--modalities", ",".join(modalities)]
         if data:
             command += ["--data", data]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr.decode())
     return json.loads(done.stdout)

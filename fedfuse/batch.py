@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +73,26 @@ class Schema:
 
     modalities: tuple[Modality, ...]
     target: Target
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Schema:
+        """The schema of which `dataclasses.asdict` gave `tree`, also after JSON or TOML.
+
+        Raises KeyError, TypeError or ValueError where it is no schema's.
+        """
+        target = tree["target"]
+        return cls(
+            modalities=tuple(
+                Modality(name=m["name"], kind=Kind(m["kind"]), shape=tuple(m["shape"]))
+                for m in tree["modalities"]
+            ),
+            target=Target(
+                kind=TargetKind(target["kind"]),
+                classes=tuple(target["classes"]),
+                centre=float(target["centre"]),
+                scale=float(target["scale"]),
+            ),
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

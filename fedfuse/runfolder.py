@@ -77,7 +77,7 @@ class RunFolder:
             return folder
         with _telling(path):
             path.mkdir(parents=True, exist_ok=True)
-        folder._replace(_CONFIG, _shown(config).encode())
+        folder._replace(_CONFIG, config.to_toml().encode())
         return folder
 
     @classmethod
@@ -226,7 +226,7 @@ class RunFolder:
             raise RunFolderError(
                 "there is no run to resume", where=str(self.path), hint="start it without resume"
             )
-        if (self.path / _CONFIG).read_text(encoding="utf-8") != _shown(config):
+        if (self.path / _CONFIG).read_text(encoding="utf-8") != config.to_toml():
             raise RunFolderError(
                 "its config.toml is not the configuration given",
                 where=str(self.path),
@@ -266,10 +266,13 @@ class RunFolder:
 
     def _mend(self, path: Path) -> None:
         """Cuts off a last line that a crash left unfinished, so that the next is a line."""
-        if not path.exists():
+        if not path.exists() or path.stat().st_size == 0:
             return
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            whole = file.read() == b"\n"
+        if not whole:
+            data = path.read_bytes()
             self._replace(path.name, data[: data.rfind(b"\n") + 1])
 
     def _write_json(self, name: str, tree: Mapping[str, Any]) -> None:
@@ -318,10 +321,6 @@ class RunFolder:
             where=str(self.path),
             hint="restore it, or start the run anew in another folder",
         )
-
-
-def _shown(config: RunConfig) -> str:
-    return config.to_toml()
 
 
 def _jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
+from fedfuse.batch import Batch, Kind, Modality, Schema
 from fedfuse.errors import DataError
 
 __all__ = ["Column", "Dataset", "Rows"]
@@ -128,7 +128,7 @@ class Dataset:
     def open(cls, folder: Path) -> Dataset:
         """The dataset that `save` wrote, memory-mapped. Raises DataError."""
         try:
-            schema = _schema(json.loads((folder / _SCHEMA).read_text(encoding="utf-8")))
+            schema = Schema.from_dict(json.loads((folder / _SCHEMA).read_text(encoding="utf-8")))
             columns = {
                 modality.name: Column(
                     _load(folder / f"{number}.values.npy"), _load(folder / f"{number}.index.npy")
@@ -178,22 +178,6 @@ def _rebuild(
     absent: frozenset[str],
 ) -> Dataset:
     return Dataset(schema, columns, *parts, rows=rows, absent=absent)
-
-
-def _schema(tree: Mapping[str, Any]) -> Schema:
-    target = tree["target"]
-    return Schema(
-        modalities=tuple(
-            Modality(name=m["name"], kind=Kind(m["kind"]), shape=tuple(m["shape"]))
-            for m in tree["modalities"]
-        ),
-        target=Target(
-            kind=TargetKind(target["kind"]),
-            classes=tuple(target["classes"]),
-            centre=float(target["centre"]),
-            scale=float(target["scale"]),
-        ),
-    )
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

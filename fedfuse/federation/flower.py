@@ -19,7 +19,16 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["RUN_ID", "SERVER_ID", "GridView", "quiet", "received", "take_identity", "with_id"]
+__all__ = [
+    "RUN_ID",
+    "SERVER_ID",
+    "GridView",
+    "MessageGrid",
+    "quiet",
+    "received",
+    "take_identity",
+    "with_id",
+]
 
 RUN_ID = 1
 """The run's number in the loopback engine, which has one run."""
@@ -47,7 +56,22 @@ def received(content: RecordDict, metadata: Metadata) -> Message:
     return message
 
 
-class GridView(Grid):
+class MessageGrid(Grid):
+    """A grid that makes messages as Flower's own grids do."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """As Flower's own grids."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class GridView(MessageGrid):
     """A grid that shows only some of its nodes, so that a strategy sends to those."""
 
     def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
@@ -71,17 +95,6 @@ class GridView(Grid):
     def run(self) -> Run:
         """As the grid behind it."""
         return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """As Flower's own grids."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As the grid behind it."""

@@ -25,11 +25,10 @@ from types import TracebackType
 
 from flwr.app import Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedfuse.errors import FederationError
-from fedfuse.federation.flower import RUN_ID, take_identity, with_id
+from fedfuse.federation.flower import RUN_ID, MessageGrid, take_identity, with_id
 from fedfuse.federation.worker import FAILED, work
 
 __all__ = ["LoopbackGrid", "OnReply", "warm_up", "worker_count"]
@@ -66,7 +65,7 @@ class _Worker:
     task: Message | None = None
 
 
-class LoopbackGrid(Grid):
+class LoopbackGrid(MessageGrid):
     """A Grid over worker processes. Nodes are 1 to N.
 
     make_app   makes a worker's ClientApp; it is pickled
@@ -109,17 +108,6 @@ class LoopbackGrid(Grid):
     def run(self) -> Run:
         """The grid's one run."""
         return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """As Flower's own grids."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """1 to N."""

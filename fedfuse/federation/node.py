@@ -87,9 +87,9 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
         if event is not None:
             books.spend(event)
             event = dataclasses.replace(event, status="spent")
-        weight = len(dataset) if site.config.federation.weighting == "examples" else 1
-        if site.config.private or mechanism is not None:
-            weight = 1
+        promised = site.config.private or mechanism is not None
+        counts = site.config.federation.weighting == "examples" and not promised
+        weight = len(dataset) if counts else 1
         return TrainReply(
             node=name, round=round, status="ok", weight=float(weight), event=event, arrays=arrays
         )

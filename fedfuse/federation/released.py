@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fedfuse import __version__
-from fedfuse.batch import Kind, Modality, Schema, Target, TargetKind
+from fedfuse.batch import Schema
 from fedfuse.config import RunConfig
 from fedfuse.errors import RunFolderError
 from fedfuse.models.model import FusionModel, build_model
@@ -48,18 +48,7 @@ def open_model(folder: RunFolder, device: str = "cpu") -> tuple[FusionModel, Sch
     """
     weights, text = folder.model()
     try:
-        schema = Schema(
-            modalities=tuple(
-                Modality(name=m["name"], kind=Kind(m["kind"]), shape=tuple(m["shape"]))
-                for m in text["modality"]
-            ),
-            target=Target(
-                kind=TargetKind(text["target"]["kind"]),
-                classes=tuple(text["target"]["classes"]),
-                centre=float(text["target"]["centre"]),
-                scale=float(text["target"]["scale"]),
-            ),
-        )
+        schema = Schema.from_dict({"modalities": text["modality"], "target": text["target"]})
         model = build_model(
             schema, ModelConfig(**text["model"]), vocabulary=text["vocabulary"], seed=text["seed"]
         )

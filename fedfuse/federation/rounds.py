@@ -41,7 +41,6 @@ class Outcome:
     asked: dict[int, str]
     """The nodes that were asked, by number: their names, as far as known."""
     aggregate: Aggregate
-    seconds: float
     bytes_sent: int
     bytes_received: int
 
@@ -86,7 +85,6 @@ def federate(
     timeout = config.federation.round_timeout_s
     _wait_for_nodes(grid, connected, timeout)
     for round in range(first, last + 1):
-        began = time.monotonic()
         request = TrainRequest(
             round=round,
             rounds=last,
@@ -110,7 +108,6 @@ def federate(
                 round=round,
                 asked=asked,
                 aggregate=aggregate,
-                seconds=time.monotonic() - began,
                 bytes_sent=sent,
                 bytes_received=received,
             )

@@ -167,7 +167,9 @@ class Session:
             self.folder.write_model(self._weights, describe(self.schema, self.config))
 
     def final_metrics(self) -> dict[str, float]:
-        """The model's figures on the test records, as it stands."""
+        """The model's figures on the test records, as it stands after the last finished round."""
+        if self.record is not None:
+            return self.record.metrics
         self._trainer.load(self._weights)
         return evaluate(self._trainer.model, self.test, self.task, device=self._trainer.device)
 

@@ -21,11 +21,9 @@ def by_node(events: Iterable[Event]) -> dict[str, History]:
     return {node: tuple(nodes[node]) for node in sorted(nodes)}
 
 
-def epsilons(
-    nodes: Mapping[str, History], delta: float, *, grid: float = accounting.STATEMENT_GRID
-) -> dict[str, float]:
+def epsilons(nodes: Mapping[str, History], delta: float) -> dict[str, float]:
     """The epsilon of each node. Equal histories are computed once."""
-    return {name: accounting.epsilon(past, delta, grid=grid) for name, past in nodes.items()}
+    return {name: accounting.epsilon(past, delta) for name, past in nodes.items()}
 
 
 def worst(nodes: Mapping[str, History], delta: float) -> float:

@@ -35,6 +35,7 @@ from fedfuse.federation.wire import (
     TrainRequest,
     Weights,
     decode,
+    encode,
 )
 
 __all__ = ["Aggregate", "GuardedStrategy", "build_strategy"]
@@ -245,7 +246,7 @@ def _restored(arrays: ArrayRecord, template: Template) -> Weights:
             value = np.rint(value)
         weights[name] = np.asarray(value, dtype=dtype).reshape(shape)
     try:
-        return decode(ArrayRecord({k: Array(v) for k, v in weights.items()}), template)
+        return decode(encode(weights), template)
     except WireError as error:
         raise FederationError(
             f"the aggregate cannot be used: {error.what}",

@@ -6,7 +6,9 @@
     ├── DataError           4   a manifest, a data file or a declaration is wrong
     ├── ModelError          5   a model cannot be built or trained as asked
     ├── PrivacyError        6   a guarantee cannot be given as asked
-    │   └── BudgetExceeded  6   the work asked for would spend more than is allowed
+    │   ├── BudgetExceeded  6   the work asked for would spend more than is allowed
+    │   ├── LedgerError     6   a ledger is missing, damaged, or not what was anchored
+    │   └── CertificateError 6  a certificate cannot be read, or does not hold
     ├── FederationError     7   nodes, messages or aggregation failed
     │   └── WireError       7   one message is not what the protocol says
     └── RunFolderError      8   a run folder is missing, foreign or damaged
@@ -19,10 +21,12 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetExceeded",
+    "CertificateError",
     "ConfigError",
     "DataError",
     "FederationError",
     "FedfuseError",
+    "LedgerError",
     "ModelError",
     "PrivacyError",
     "RunFolderError",
@@ -92,6 +96,14 @@ class PrivacyError(FedfuseError):
 
 class BudgetExceeded(PrivacyError):
     """The work asked for would spend more than is allowed."""
+
+
+class LedgerError(PrivacyError):
+    """A ledger is missing, damaged, or not what was anchored."""
+
+
+class CertificateError(PrivacyError):
+    """A certificate cannot be read, or does not hold."""
 
 
 class FederationError(FedfuseError):

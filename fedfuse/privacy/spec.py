@@ -22,6 +22,23 @@ class Unit(StrEnum):
     """Nothing is protected: NOT PRIVATE."""
     RECORD = "record"
     """One record is added or removed."""
+    SUBJECT = "subject"
+    """All records of one subject (a patient, a speaker, a user) are added or removed."""
+    NODE = "node"
+    """A node's whole training set is there, or it is empty and its update zero."""
+
+    @property
+    def change(self) -> str:
+        """What one change of the neighbouring data set is, in words."""
+        return _CHANGES[self.value]
+
+
+_CHANGES = {
+    "none": "nothing",
+    "record": "one record added to or removed from any one node's training data",
+    "subject": "all records of one subject added to or removed from any one node's training data",
+    "node": "all training data of any one node kept or left out",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +51,16 @@ class PrivacyConfig:
     """The most that any node may spend, at `delta`."""
     delta: float = 1e-5
     clip_norm: float = 1.0
-    """C, the bound on one record's gradient in L2."""
+    """C, the bound on one unit's contribution to a step's sum, in L2."""
+    clip_shares: str = ""
+    """How C is shared out: "" clips the whole gradient at C; "equal" gives each modality's
+    encoder, and the rest of the model, the same share; "image=2,audio=1,rest=1" gives shares in
+    that proportion. The squares of the parts add up to the square of C."""
+    clip_quantile: float = 0.0
+    """0: C is fixed. Else C follows this quantile of the units' norms, which is estimated
+    privately and charged (Andrew et al. 2021, arXiv:1905.03871v5)."""
+    clip_step: float = 0.2
+    """eta_C, how fast C follows: C <- C exp(-eta_C (share of unclipped units - clip_quantile))."""
     sample_rate: float = 0.25
     """q, the chance that a record is in a step's batch; declared, never derived from data."""
     noise_multiplier: float = 0.0
@@ -42,6 +68,16 @@ class PrivacyConfig:
     declared_records: int = 0
     """The public size of a node's training data; q times this is the divisor of a step's sum.
     0 in a simulation: the mean size, rounded to one digit, and the run says so."""
+    declared_subjects: int = 0
+    """The same for unit "subject": the public number of subjects in a node's training data."""
+    records_per_subject: int = 16
+    """Unit "subject": the most records that one subject contributes to a step, drawn anew."""
+    noise_by: str = "nodes"
+    """Unit "node": "nodes" each add a share of the noise, so that the sum of `noise_nodes`
+    updates carries all of it; "server" adds it after clipping, and is trusted with the updates."""
+    noise_nodes: int = 0
+    """Unit "node", noise by nodes: how many nodes at least are taken to add their share.
+    0: federation.min_nodes."""
     records_are_units: bool = False
     """Go on with unit "record" though subjects repeat in the manifest."""
     noise_seed: str = ""
@@ -61,6 +97,10 @@ class Mechanism:
     noise_multiplier: float
     clip_norm: float
     steps: int
+    count_noise: float = 0.0
+    """sigma_b, the noise of the count of unclipped units that is released beside each sum where
+    the clip norm adapts (Andrew et al. 2021, arXiv:1905.03871v5); 0: there is no such count.
+    `noise_multiplier` is that of sum and count together: what is accounted."""
 
     def __post_init__(self) -> None:
         if self.unit is Unit.NONE:
@@ -77,6 +117,21 @@ class Mechanism:
                 )
         if self.steps < 1:
             raise PrivacyError(f"steps = {self.steps}, but at least 1 is needed", where="privacy")
+        counted = math.isfinite(self.count_noise) and self.count_noise > self.noise_multiplier / 2
+        if self.count_noise and not counted:
+            raise PrivacyError(
+                f"count_noise = {self.count_noise}, but it must be above half the noise_multiplier",
+                where="privacy",
+            )
+
+    @property
+    def sum_noise(self) -> float:
+        """z_delta, the noise of the sum alone, in units of C: more than `noise_multiplier` where a
+        count is released too (Andrew et al. 2021, arXiv:1905.03871v5, theorem 1)."""
+        z = self.noise_multiplier
+        if not self.count_noise:
+            return z
+        return float((z**-2 - (2 * self.count_noise) ** -2) ** -0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +150,23 @@ class Event:
     noise_multiplier: float
     clip_norm: float
     steps: int
+    count_noise: float = 0.0
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The mechanism that the line stands for. Raises PrivacyError where it is none."""
+        try:
+            unit = Unit(self.unit)
+        except ValueError:
+            raise PrivacyError(f"unit = {self.unit!r} is unknown", where="books") from None
+        return Mechanism(
+            unit=unit,
+            sample_rate=self.sample_rate,
+            noise_multiplier=self.noise_multiplier,
+            clip_norm=self.clip_norm,
+            steps=self.steps,
+            count_noise=self.count_noise,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The line as plain values, ready for JSON."""

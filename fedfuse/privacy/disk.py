@@ -1,0 +1,66 @@
+"""Files that hold after a crash at any moment.
+
+    create    a new file, whole and on the disk, or none
+    replace   a file with new content: all of it, or as it was before
+    append    bytes at the end, on the disk; or, where that fails, the file as it was before
+
+"On the disk" is what fsync promises: no more than the file system and the disk keep of it. All
+raise OSError.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["append", "create", "replace"]
+
+
+def create(path: Path, data: bytes) -> None:
+    """Writes a file that nobody but its owner can read. Raises FileExistsError."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            append(handle, 0, data)
+        finally:
+            os.close(handle)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Puts `data` in the place of a file's content, or of no file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        create(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def append(handle: int, end: int, data: bytes) -> None:
+    """Writes `data` at `end`, where the file ends. On return it is on the disk."""
+    try:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(handle, data[written:], end + written)
+        os.fsync(handle)
+    except BaseException:
+        # Where even this fails, a line without an end stays: the next writer cuts it off.
+        with suppress(OSError):
+            os.ftruncate(handle, end)
+            os.fsync(handle)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -201,7 +201,7 @@ class Chain:
         more that is not its end, somebody changed it.
         """
         seal = _SEAL.match(rest)
-        if seal is not None and seal.end() < len(rest.rstrip(b"\0")):
+        if seal is not None and seal.end() < len(rest):
             raise self._broken("it does not end as a line does: it was changed or damaged")
 
     def check_signature(self) -> None:

@@ -35,7 +35,8 @@ class TrainConfig:
     """Optimizer steps that a node takes in a round, the same for every node.
     0: 4 where the run is private, else 12."""
     batch_size: int = 32
-    """Records in a step where unit = "none"; a private step has q x declared_records expected."""
+    """Records in a step where unit = "none" or "node"; another private step has q x
+    declared_records (or declared_subjects) expected."""
     optimizer: str = "sgd"
     learning_rate: float = 0.0
     """0: 0.5 where the run is private (a step's sum is clipped and divided by a public size),
@@ -135,10 +136,11 @@ class RunConfig:
         4
         """
         train = self.train
-        rate = (0.5 if self.private else 0.05) / (10 if train.optimizer == "adam" else 1)
+        noisy_steps = self.privacy.unit in (Unit.RECORD, Unit.SUBJECT)
+        rate = (0.5 if noisy_steps else 0.05) / (10 if train.optimizer == "adam" else 1)
         train = replace(
             train,
-            local_steps=train.local_steps or (4 if self.private else 12),
+            local_steps=train.local_steps or (4 if noisy_steps else 12),
             learning_rate=train.learning_rate or rate,
         )
         return replace(self, train=train)
@@ -251,6 +253,7 @@ def _check(config: RunConfig) -> None:
         ("train.optimizer", train.optimizer, OPTIMIZERS),
         ("train.schedule", train.schedule, SCHEDULES),
         ("privacy.unit", privacy.unit, tuple(unit.value for unit in Unit)),
+        ("privacy.noise_by", privacy.noise_by, ("nodes", "server")),
         ("federation.strategy", federation.strategy, STRATEGIES),
         ("federation.weighting", federation.weighting, ("equal", "examples")),
         ("federation.engine", federation.engine, ENGINES),
@@ -297,6 +300,9 @@ def _check(config: RunConfig) -> None:
         ("privacy.sample_rate", privacy.sample_rate, 1e-9, 1),
         ("privacy.noise_multiplier", privacy.noise_multiplier, 0, 1e6),
         ("privacy.declared_records", privacy.declared_records, 0, 10**12),
+        ("privacy.declared_subjects", privacy.declared_subjects, 0, 10**12),
+        ("privacy.records_per_subject", privacy.records_per_subject, 1, 1_000_000),
+        ("privacy.noise_nodes", privacy.noise_nodes, 1, 1_000_000),
         ("federation.server_learning_rate", federation.server_learning_rate, 0, 1e6),
         ("federation.server_momentum", federation.server_momentum, 0, 0.9999),
         ("federation.tau", federation.tau, 1e-12, 1e3),
@@ -324,3 +330,23 @@ def _check(config: RunConfig) -> None:
             'federation.weighting = "examples", but a count of records is a release',
             hint='take "equal", or privacy.unit = "none" and no promise',
         )
+    if privacy.unit == Unit.NODE:
+        _check_node_unit(config)
+
+
+def _check_node_unit(config: RunConfig) -> None:
+    privacy, federation = config.privacy, config.federation
+    if federation.strategy in ("trimmed-mean", "median"):
+        raise ConfigError(
+            f'federation.strategy = {federation.strategy!r}, but unit "node" needs a clipped sum, '
+            "and a strategy that goes on from its mean",
+            hint="take fedavg, fedprox, fedavgm, fedadam or fedyogi",
+        )
+    if privacy.noise_nodes > federation.min_nodes:
+        raise ConfigError(
+            f"privacy.noise_nodes = {privacy.noise_nodes}, but a round goes on with "
+            f"federation.min_nodes = {federation.min_nodes} updates, too little noise",
+            hint="raise federation.min_nodes",
+        )
+    if privacy.clip_shares:
+        raise ConfigError('privacy.clip_shares is for the units "record" and "subject"')

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,19 +13,21 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedfuse.batch import Batch
-from fedfuse.errors import ModelError
+from fedfuse.errors import ModelError, PrivacyError
+from fedfuse.privacy.central import private_update
 from fedfuse.privacy.dpsgd import (
     Loss,
+    Part,
     PrivateOptimizer,
     RecordGradients,
     private_step,
     with_record_gradients,
 )
 from fedfuse.privacy.noise import NoiseStream
-from fedfuse.privacy.sampling import poisson_batches, shuffled_batches
-from fedfuse.privacy.spec import Mechanism
+from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
+from fedfuse.privacy.spec import REST, Mechanism, Unit, clip_shares
 
-__all__ = ["Job", "Records", "Trainer", "pick_device"]
+__all__ = ["Job", "Ran", "Records", "Trainer", "pick_device"]
 
 
 class Records(Protocol):
@@ -54,6 +57,14 @@ class Job:
     """q x declared records: the divisor of a private step's sum."""
     mechanism: Mechanism | None = None
     """The private mechanism of this round; None is NOT PRIVATE."""
+    clip_shares: str = ""
+    """How C is shared out among the model's parts; see PrivacyConfig."""
+    records_per_subject: int = 16
+    """Unit "subject": the most records of one subject in a step."""
+    noise_by: str = "nodes"
+    """Unit "node": whether the node adds noise to its update, or leaves that to the server."""
+    noise_nodes: int = 1
+    """Unit "node", noise by nodes: over how many updates the noise is shared out."""
 
 
 def pick_device(name: str, index: int = 0) -> torch.device:
@@ -74,6 +85,17 @@ def pick_device(name: str, index: int = 0) -> torch.device:
             hint='take "auto" or "cpu"; `fedfuse doctor` lists what is there',
         ) from None
     return device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What a node learns of its own round. None of it leaves the node by itself."""
+
+    signal_to_noise: Mapping[str, float] = field(default_factory=dict)
+    """By part of the model: the clipped sums' norm over that of the noise, root mean square over
+    steps. It is computed without noise, so it is for the node's own eyes."""
+    unclipped: tuple[float, ...] = ()
+    """By step: the noisy count of unclipped units less half of all; charged with the sum."""
 
 
 class Trainer:
@@ -109,16 +131,74 @@ class Trainer:
         """A copy of the model's weights, by name."""
         return {name: tensor.cpu().numpy().copy() for name, tensor in self._state.items()}
 
-    def run(self, records: Records, job: Job, *, secret: bytes) -> None:
-        """Trains on `records` as `job` says; `secret` (32 bytes) keys sampling, noise and order."""
+    @property
+    def trainable(self) -> frozenset[str]:
+        """The names of the weights that training changes."""
+        return frozenset(n for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def run(
+        self,
+        records: Records,
+        job: Job,
+        *,
+        secret: bytes,
+        subjects: NDArray[np.int64] | None = None,
+    ) -> Ran:
+        """Trains on `records` as `job` says; `secret` (32 bytes) keys sampling, noise and order.
+
+        subjects  (N,) for unit "subject": the number of each record's subject, 0 to S - 1
+
+        Raises PrivacyError where the unit needs subjects and there are none.
+        """
         self.model.train()
         optimizer = _optimizer(self._parameters, job)
         pull = self._proximal(job.proximal_mu)
-        if job.mechanism is None:
+        mechanism = job.mechanism
+        if mechanism is None or mechanism.unit is Unit.NODE:
+            start = self.weights()
             self._hooks_off()
             self._run_plain(records, job, optimizer, pull, NoiseStream(secret, "order"))
-        else:
-            self._run_private(records, job, job.mechanism, optimizer, pull, secret)
+            return Ran() if mechanism is None else self._private_update(start, job, secret)
+        if mechanism.unit is Unit.SUBJECT and subjects is None:
+            raise PrivacyError('unit "subject" needs to know whose each record is')
+        whose = subjects if mechanism.unit is Unit.SUBJECT else None
+        return self._run_private(records, job, mechanism, optimizer, pull, secret, whose)
+
+    def _private_update(
+        self, start: dict[str, NDArray[np.generic]], job: Job, secret: bytes
+    ) -> Ran:
+        """Unit "node": bounds what the whole round did, and adds this node's share of noise."""
+        assert job.mechanism is not None
+        share = 0.0 if job.noise_by == "server" else job.noise_nodes**-0.5
+        self.load(
+            private_update(
+                start,
+                self.weights(),
+                self.trainable,
+                clip_norm=job.mechanism.clip_norm,
+                noise_multiplier=job.mechanism.noise_multiplier * share,
+                stream=NoiseStream(secret, "noise"),
+            )
+        )
+        return Ran()
+
+    def _parts(self, shares: str) -> tuple[list[Part], list[Part]]:
+        """The parts to clip by (none where C is not shared out), and all parts of the model."""
+        part_of = getattr(self.model, "part_of", None)
+        if part_of is None:
+            if shares:
+                raise ModelError("this model has no parts to share C among", where="model")
+            return [], []
+        places: dict[str, list[int]] = {}
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        for place, name in enumerate(names):
+            places.setdefault(part_of(name), []).append(place)
+        share = clip_shares(shares, tuple(name for name in places if name != REST))
+        parts = [
+            Part(name=name, places=tuple(rows), share=share.get(name, 1.0))
+            for name, rows in places.items()
+        ]
+        return (parts if share else []), parts
 
     def _run_private(
         self,
@@ -128,25 +208,44 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         pull: Callable[[], None] | None,
         secret: bytes,
-    ) -> None:
+        subjects: NDArray[np.int64] | None,
+    ) -> Ran:
         model = self._hooks_on()
+        parts, watched = self._parts(job.clip_shares)
         private = PrivateOptimizer(
             optimizer,
-            noise_multiplier=mechanism.noise_multiplier,
+            noise_multiplier=mechanism.sum_noise,
             clip_norm=mechanism.clip_norm,
             expected_batch=job.expected_batch,
             stream=NoiseStream(secret, "noise"),
+            parts=parts,
+            watched=watched,
+            count_noise=mechanism.count_noise,
         )
-        sampling = NoiseStream(secret, "sampling")
-        for rows in poisson_batches(len(records), mechanism.sample_rate, job.steps, sampling):
+        sampling, rate = NoiseStream(secret, "sampling"), mechanism.sample_rate
+        drawn: Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]] = (
+            ((rows, None) for rows in poisson_batches(len(records), rate, job.steps, sampling))
+            if subjects is None
+            else poisson_subjects(subjects, rate, job.steps, job.records_per_subject, sampling)
+        )
+        seen: list[Mapping[str, float]] = []
+        for rows, owners in drawn:
             private_step(
                 model,
                 private,
                 records.batch(rows).to(self.device),
                 self.loss,
                 physical_batch=job.physical_batch,
+                owners=owners,
                 adjust=pull,
+                watch=seen.append,
             )
+        return Ran(
+            signal_to_noise={
+                name: math.sqrt(sum(step[name] for step in seen) / len(seen)) for name in seen[0]
+            },
+            unclipped=tuple(private.unclipped),
+        )
 
     def _run_plain(
         self,

@@ -82,7 +82,7 @@ def test_a_file_says_where_it_is_wrong(tmp_path: Path) -> None:
         ("privacy.epsilon", math.inf, "from 0.001"),
         ("privacy.epsilon", 0, "from 0.001"),
         ("privacy.sample_rate", 1.1, "to 1"),
-        ("privacy.unit", "subject", "one of none, record"),
+        ("privacy.unit", "person", "one of none, record, subject, node"),
         ("data.modalities", [1], "list of names"),
         ("data.skip_bad", "yes", "must be bool"),
         ("name", 3, "must be str"),

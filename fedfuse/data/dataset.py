@@ -78,6 +78,21 @@ class Dataset:
         """(N,) the subject of each record; "" where the manifest has no such column."""
         return self._subjects[self._rows]
 
+    def subject_numbers(self) -> Rows:
+        """(N,) int64: the number of each record's subject, 0 to S - 1.
+
+        The subject is the column "subject"; where that is blank in every record, the client is
+        the subject; else a record whose cell is blank is a subject of its own.
+        """
+        names = self.subjects
+        if not (names != "").any():
+            names = self.clients
+        alone = np.flatnonzero(names == "")
+        _, numbers = np.unique(names, return_inverse=True)
+        numbers = numbers.astype(np.int64)
+        numbers[alone] = len(names) + np.arange(len(alone))
+        return np.unique(numbers, return_inverse=True)[1].astype(np.int64)
+
     @property
     def labels(self) -> NDArray[np.generic]:
         """(N,) class indices int64, or scaled targets float32."""

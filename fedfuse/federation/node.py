@@ -40,6 +40,7 @@ from fedfuse.federation.wire import (
 )
 from fedfuse.models.model import build_model
 from fedfuse.privacy.noise import round_secret
+from fedfuse.privacy.spec import Unit
 from fedfuse.tasks import Task
 from fedfuse.train import Trainer, pick_device
 
@@ -82,7 +83,13 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
             books.reserve(reserved)
             event = reserved
         trainer.load(weights)
-        trainer.run(dataset, request.job, secret=_secret(site, name, round))
+        subjects = dataset.subject_numbers() if _by_subject(request) else None
+        ran = trainer.run(
+            dataset, request.job, secret=_secret(site, name, round), subjects=subjects
+        )
+        if ran.signal_to_noise:
+            told = ", ".join(f"{part} {value:.3g}" for part, value in ran.signal_to_noise.items())
+            _log.info("%s, round %d: signal to noise of a step: %s", name, round, told)
         arrays = encode(trainer.weights())
         if event is not None:
             books.spend(event)
@@ -130,6 +137,10 @@ def new_trainer(config: RunConfig, schema: Schema, *, worker: int = 0) -> Traine
 def _open(store: str, index: int) -> tuple[str, Dataset]:
     """A node's name and its data set; no record is read before `Dataset.batch`."""
     return open_node(Path(store), index)
+
+
+def _by_subject(request: TrainRequest) -> bool:
+    return request.job.mechanism is not None and request.job.mechanism.unit is Unit.SUBJECT
 
 
 def _check_run(request: TrainRequest, config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedfuse.errors import BudgetExceeded, ConfigError, DataError, FedfuseError, PrivacyError
-from fedfuse.federation.wire import TrainRequest, mechanism_of
+from fedfuse.federation.wire import TrainRequest
 from fedfuse.privacy import accounting
 from fedfuse.privacy.spec import Event, Mechanism, PrivacyConfig, Unit
 
@@ -28,6 +28,8 @@ class Policy:
     epsilon: float
     delta: float
     noise_seed: str = ""
+    trust_server: bool = False
+    """Unit "node": that the server adds the noise, or looks at sums only, is taken on trust."""
 
     @classmethod
     def of(cls, privacy: PrivacyConfig) -> Policy:
@@ -37,6 +39,7 @@ class Policy:
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             noise_seed=privacy.noise_seed,
+            trust_server=privacy.noise_by == "server" or privacy.noise_nodes > 1,
         )
 
     @classmethod
@@ -51,7 +54,17 @@ class Policy:
                 where="node config",
                 hint="set max-epsilon and delta, or not-private=true",
             )
-        return cls(unit=Unit.RECORD, epsilon=float(epsilon), delta=float(delta))
+        unit = str(settings.get("unit", Unit.RECORD.value))
+        if unit not in (Unit.RECORD, Unit.SUBJECT, Unit.NODE):
+            raise ConfigError(
+                f"unit = {unit!r}, but it must be record, subject or node", where="node config"
+            )
+        return cls(
+            unit=Unit(unit),
+            epsilon=float(epsilon),
+            delta=float(delta),
+            trust_server=settings.get("trust-server") is True,
+        )
 
     def allow(self, request: TrainRequest, history: Iterable[Event]) -> Mechanism | None:
         """The mechanism to run, if the node may; None where nothing is promised.
@@ -69,9 +82,19 @@ class Policy:
             raise PrivacyError(
                 f'this node promises unit "{self.unit}", but "{asked}" was asked for'
             )
+        job = request.job
+        if (
+            mechanism.unit is Unit.NODE
+            and (job.noise_by == "server" or job.noise_nodes > 1)
+            and not self.trust_server
+        ):
+            raise PrivacyError(
+                "this node does not trust the server with updates that carry too little noise",
+                hint="ask with noise_by = nodes and noise_nodes = 1",
+            )
         ahead = request.rounds - request.round + 1
         rest = dataclasses.replace(mechanism, steps=mechanism.steps * ahead)
-        past = [mechanism_of(event) for event in history]
+        past = [event.mechanism for event in history]
         if not accounting.within([*past, rest], self.epsilon, self.delta):
             raise BudgetExceeded(
                 f"{ahead} rounds of {mechanism.steps} steps (q = {mechanism.sample_rate:g}, "

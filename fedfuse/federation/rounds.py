@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from flwr.serverapp import Grid
 
 from fedfuse.config import RunConfig, TrainConfig
 from fedfuse.errors import ConfigError, FederationError
-from fedfuse.federation.strategy import Aggregate, GuardedStrategy
+from fedfuse.federation.strategy import Aggregate, GuardedStrategy, Mean
 from fedfuse.federation.wire import (
     TrainRequest,
     Weights,
@@ -25,10 +26,10 @@ from fedfuse.federation.wire import (
     record_bytes,
     template_of,
 )
-from fedfuse.privacy.spec import Mechanism
+from fedfuse.privacy.spec import Mechanism, Unit
 from fedfuse.train import Job
 
-__all__ = ["Listener", "Outcome", "federate", "job_of", "learning_rate"]
+__all__ = ["Listener", "Outcome", "expected_batch", "federate", "job_of", "learning_rate"]
 
 _LOOK_S = 0.2
 
@@ -69,6 +70,7 @@ def federate(
     names: dict[int, str],
     listener: Listener,
     connected: int = 1,
+    mean_of: Callable[[Weights, int, int], Mean | None] = lambda weights, round, asked: None,
 ) -> None:
     """Runs the rounds `first` to `last`, from `weights`.
 
@@ -78,7 +80,9 @@ def federate(
     4. hand the outcome to `listener`, and go on from its weights
 
     `mechanism`: of one round, in every node; None promises nothing. `names`: of nodes by number,
-    completed here as they answer. `connected`: how many nodes to wait for before the first round.
+    completed here as they answer. `mean_of`: from the weights, the round and the number of nodes
+    asked to what aggregates a round with unit "node". `connected`: how many nodes to wait for
+    before the first round.
     Raises FederationError where too few nodes come, or too few updates are good.
     """
     digest, template = config_digest(config), template_of(weights)
@@ -100,7 +104,13 @@ def federate(
         sent = sum(record_bytes(message.content) for message in messages)
         replies = list(grid.send_and_receive(messages, timeout=timeout))
         received = sum(record_bytes(reply.content) for reply in replies if reply.has_content())
-        aggregate = strategy.aggregate_train(request, replies, asked=asked, template=template)
+        aggregate = strategy.aggregate_train(
+            request,
+            replies,
+            asked=asked,
+            template=template,
+            mean=mean_of(weights, round, len(asked)),
+        )
         weights = aggregate.weights
         names |= {sender: reply.node for sender, reply in aggregate.replies.items()}
         listener.round_ends(
@@ -132,8 +142,10 @@ def job_of(config: RunConfig, mechanism: Mechanism | None, round: int) -> Job:
     train, privacy = config.train, config.privacy
     if not (train.local_steps and train.learning_rate):
         raise ConfigError("train.local_steps or train.learning_rate is still open", where="train")
+    noisy_steps = mechanism is not None and mechanism.unit is not Unit.NODE
     if mechanism is not None:
-        mechanism = dataclasses.replace(mechanism, steps=train.local_steps)
+        steps = train.local_steps if noisy_steps else 1
+        mechanism = dataclasses.replace(mechanism, steps=steps)
     fedprox = config.federation.strategy == "fedprox"
     return Job(
         steps=train.local_steps,
@@ -143,11 +155,24 @@ def job_of(config: RunConfig, mechanism: Mechanism | None, round: int) -> Job:
         proximal_mu=config.federation.proximal_mu if fedprox else 0.0,
         physical_batch=train.physical_batch,
         batch_size=train.batch_size,
-        expected_batch=(
-            privacy.sample_rate * privacy.declared_records if mechanism else train.batch_size
-        ),
+        expected_batch=expected_batch(config) if noisy_steps else train.batch_size,
         mechanism=mechanism,
+        clip_shares=privacy.clip_shares,
+        records_per_subject=privacy.records_per_subject,
+        noise_by=privacy.noise_by,
+        noise_nodes=privacy.noise_nodes,
     )
+
+
+def expected_batch(config: RunConfig) -> float:
+    """The public divisor of a private step's sum: records, or subjects; else the batch size."""
+    privacy = config.privacy
+    match privacy.unit:
+        case Unit.RECORD:
+            return privacy.sample_rate * privacy.declared_records
+        case Unit.SUBJECT:
+            return privacy.sample_rate * privacy.declared_subjects
+    return config.train.batch_size
 
 
 def learning_rate(train: TrainConfig, round: int) -> float:

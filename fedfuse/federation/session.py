@@ -19,9 +19,12 @@ from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Observer, RoundRecord
 from fedfuse.federation.released import describe
 from fedfuse.federation.rounds import Outcome, federate
-from fedfuse.federation.strategy import build_strategy
-from fedfuse.federation.wire import TrainRequest, event_of
-from fedfuse.privacy.spec import Event, Mechanism
+from fedfuse.federation.strategy import Mean, build_strategy
+from fedfuse.federation.wire import TrainRequest, Weights, event_of
+from fedfuse.privacy.central import noisy_mean
+from fedfuse.privacy.noise import NoiseStream, round_secret
+from fedfuse.privacy.spec import Event, Mechanism, Unit
+from fedfuse.privacy.views import by_node
 from fedfuse.runfolder import Checkpoint, RunFolder
 from fedfuse.tasks import Task
 
@@ -82,7 +85,7 @@ class Session:
         notes = [f"resumed after round {done}"]
         if self.mechanism is not None:
             left = spending.rounds_left(
-                spending.by_node(self.events),
+                by_node(self.events),
                 self.mechanism,
                 self.config.train.rounds - done,
                 epsilon=privacy.epsilon,
@@ -109,6 +112,7 @@ class Session:
             names=self.names,
             listener=self,
             connected=len(self.nodes) or self.config.federation.min_nodes,
+            mean_of=self._mean_of,
         )
 
     def round_starts(self, request: TrainRequest, asked: dict[int, str]) -> None:
@@ -143,7 +147,7 @@ class Session:
         for reply in aggregate.replies.values():
             self._tell(outcome.round, reply.node, None)
         privacy = self.config.privacy
-        nodes = spending.by_node(self.events)
+        nodes = by_node(self.events)
         self.record = RoundRecord(
             round=outcome.round,
             rounds=self.last,
@@ -179,6 +183,22 @@ class Session:
         self.events += reserved
         if reserved:
             self.folder.append_events(reserved)
+
+    def _mean_of(self, weights: Weights, round: int, asked: int) -> Mean | None:
+        """Unit "node": the noised mean of a round's updates. Otherwise Flower's strategy means."""
+        mechanism, privacy = self.mechanism, self.config.privacy
+        if mechanism is None or mechanism.unit is not Unit.NODE:
+            return None
+        by_server = privacy.noise_by == "server"
+        return lambda updates: noisy_mean(
+            weights,
+            updates,
+            self._trainer.trainable,
+            asked=asked,
+            clip_norm=mechanism.clip_norm,
+            noise_multiplier=mechanism.noise_multiplier if by_server else 0.0,
+            stream=NoiseStream(round_secret(privacy.noise_seed, "the server", round), "noise"),
+        )
 
     def _checkpoint(self, round: int) -> Checkpoint:
         return Checkpoint(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedfuse.config import RunConfig
 from fedfuse.errors import ConfigError
 from fedfuse.privacy.plan import plan
-from fedfuse.privacy.spec import Mechanism
+from fedfuse.privacy.spec import Mechanism, Unit
 
 __all__ = ["Settled", "settle"]
 
@@ -25,11 +25,14 @@ class Settled:
     """What the promise takes as given."""
 
 
-def settle(config: RunConfig, *, mean_records: float | None) -> Settled:
+def settle(
+    config: RunConfig, *, mean_records: float | None, mean_subjects: float | None = None
+) -> Settled:
     """`config` with learning rate, steps, declared size and sigma filled in.
 
-    mean_records  the nodes' mean size in a simulation, which takes it, rounded, as the declared
-                  one where none is given; None with real nodes, whose size nobody may count
+    mean_records   the nodes' mean size in a simulation, which takes it, rounded, as the declared
+                   one where none is given; None with real nodes, whose size nobody may count
+    mean_subjects  the same, counted in subjects
 
     Raises ConfigError where what must be public is not declared, PrivacyError where the promise
     cannot be kept.
@@ -42,28 +45,48 @@ def settle(config: RunConfig, *, mean_records: float | None) -> Settled:
         "the valid and test splits belong to the server: the promise covers training records only",
         "the configuration is public and was not chosen by looking at the training records",
     ]
-    if not privacy.declared_records:
-        if mean_records is None:
-            raise ConfigError(
-                "privacy.declared_records = 0, but with real nodes nobody may count their records",
-                hint="declare the public size of a node's training data",
-            )
-        declared = _rounded(mean_records)
+    if privacy.unit == Unit.RECORD and not privacy.declared_records:
+        declared = _declared("declared_records", mean_records, assumptions)
         privacy = dataclasses.replace(privacy, declared_records=declared)
-        assumptions.append(
-            f"privacy.declared_records = {declared}: the nodes' mean size, to one digit, is taken "
-            "as public"
-        )
+    if privacy.unit == Unit.SUBJECT:
+        assumptions.append("no subject has records at two nodes; if one has, its epsilons compose")
+        if not privacy.declared_subjects:
+            declared = _declared("declared_subjects", mean_subjects, assumptions)
+            privacy = dataclasses.replace(privacy, declared_subjects=declared)
+    if privacy.unit == Unit.NODE:
+        assumptions.append("which nodes were asked, and which answered, is public")
+        if privacy.noise_by == "server":
+            assumptions.append("the server is trusted: it sees the updates, and adds the noise")
+        elif privacy.noise_nodes > 1:
+            assumptions.append(
+                f"the server looks at nothing but sums, and {privacy.noise_nodes} nodes in each "
+                "round add their share of the noise"
+            )
     if privacy.noise_seed:
         assumptions.append("the noise follows from a seed: whoever knows it can remove the noise")
-    whole = plan(privacy, steps=train.rounds * train.local_steps)
+    a_round = 1 if privacy.unit == Unit.NODE else train.local_steps
+    whole = plan(privacy, steps=train.rounds * a_round)
     assert whole is not None  # private
     privacy = dataclasses.replace(privacy, noise_multiplier=whole.noise_multiplier)
     return Settled(
         config=dataclasses.replace(config, privacy=privacy),
-        mechanism=dataclasses.replace(whole, steps=train.local_steps),
+        mechanism=dataclasses.replace(whole, steps=a_round),
         assumptions=tuple(assumptions),
     )
+
+
+def _declared(name: str, mean: float | None, assumptions: list[str]) -> int:
+    """The mean, to one digit, taken as public in a simulation. Raises ConfigError without one."""
+    if mean is None:
+        raise ConfigError(
+            f"privacy.{name} = 0, but with real nodes nobody may count them",
+            hint="declare the public size of a node's training data",
+        )
+    declared = _rounded(mean)
+    assumptions.append(
+        f"privacy.{name} = {declared}: the nodes' mean size, to one digit, is taken as public"
+    )
+    return declared
 
 
 def _rounded(value: float) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, RecordDict, UserConfig
 
 from fedfuse.config import RunConfig
@@ -24,6 +25,7 @@ from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.loopback import LoopbackGrid, warm_up, worker_count
 from fedfuse.federation.observer import Observer, RunInfo
+from fedfuse.federation.rounds import expected_batch
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
@@ -64,7 +66,11 @@ def simulate(
         prepared = _prepare(config, Path(temporary))
         _refuse_repeats(config, prepared)
         sizes = [len(shard.rows) for shard in prepared.shards]
-        settled = settle(config, mean_records=sum(sizes) / len(sizes))
+        settled = settle(
+            config,
+            mean_records=sum(sizes) / len(sizes),
+            mean_subjects=_subjects(prepared, config) / len(sizes),
+        )
         assumptions = settled.assumptions
         store = Path(temporary) / "store"
         prepared.write(store)
@@ -164,6 +170,27 @@ def _refuse_repeats(config: RunConfig, prepared: Prepared) -> None:
         )
 
 
+def _subjects(prepared: Prepared, config: RunConfig) -> int:
+    """How many subjects the nodes have, all together; 0 where the unit is another.
+
+    Raises PrivacyError where one has records at two nodes: its epsilons would compose.
+    """
+    if config.privacy.unit != Unit.SUBJECT:
+        return 0
+    numbers = prepared.train.subject_numbers()
+    total = sum(len(np.unique(numbers[shard.rows])) for shard in prepared.shards)
+    used = np.concatenate([numbers[shard.rows] for shard in prepared.shards])
+    shared = total - len(np.unique(used))
+    if shared:
+        raise PrivacyError(
+            f"{shared} subjects have records at several nodes, so a node's promise does not cover "
+            "one person",
+            where="data.partition",
+            hint='take data.partition = "client", with each subject at one client',
+        )
+    return total
+
+
 def _history(session: Session) -> dict[int, tuple[Event, ...]]:
     """What each node has spent before, for its own books."""
     return {
@@ -199,9 +226,7 @@ def _info(session: Session, assumptions: tuple[str, ...], notes: tuple[str, ...]
         delta=privacy.delta if mechanism else None,
         sigma=mechanism.noise_multiplier if mechanism else None,
         sample_rate=mechanism.sample_rate if mechanism else None,
-        expected_batch=(
-            privacy.sample_rate * privacy.declared_records if mechanism else config.train.batch_size
-        ),
+        expected_batch=expected_batch(config),
         assumptions=assumptions,
         notes=notes,
     )

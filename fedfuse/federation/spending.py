@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from fedfuse.federation.wire import mechanism_of
 from fedfuse.privacy import accounting
-from fedfuse.privacy.spec import Event, Mechanism
+from fedfuse.privacy.spec import Mechanism
+from fedfuse.privacy.views import History
 
-__all__ = ["by_node", "epsilons", "rounds_left", "worst"]
-
-History = tuple[Mechanism, ...]
-
-
-def by_node(events: Iterable[Event]) -> dict[str, History]:
-    """Each node's mechanisms, reserved or spent: both count."""
-    nodes: dict[str, list[Mechanism]] = {}
-    for event in events:
-        nodes.setdefault(event.node, []).append(mechanism_of(event))
-    return {node: tuple(nodes[node]) for node in sorted(nodes)}
+__all__ = ["epsilons", "rounds_left", "worst"]
 
 
 def epsilons(nodes: Mapping[str, History], delta: float) -> dict[str, float]:

@@ -9,8 +9,8 @@ node name, restores types, and names who failed and why.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -38,9 +38,11 @@ from fedfuse.federation.wire import (
     encode,
 )
 
-__all__ = ["Aggregate", "GuardedStrategy", "build_strategy"]
+__all__ = ["Aggregate", "GuardedStrategy", "Mean", "build_strategy"]
 
 Inner = FedAvg
+Mean = Callable[[list[Weights]], Weights]
+"""One model of the good updates of a round, sorted by node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +135,12 @@ class GuardedStrategy:
         *,
         asked: dict[int, str],
         template: Template,
+        mean: Mean | None = None,
     ) -> Aggregate:
         """The new weights from the good `replies`.
 
-        `asked`: the name of each node that was asked, as far as the server knows it. Raises
+        `asked`: the name of each node that was asked, as far as the server knows it. `mean`: makes
+        one model of the updates before Flower's strategy goes on from it (unit "node"). Raises
         FederationError where fewer than min_nodes replies are good, naming the failures.
         """
         good, failures = self._sift(request, replies, asked, template)
@@ -150,6 +154,9 @@ class GuardedStrategy:
                 where=f"round {request.round}",
                 hint="see the nodes' own logs; nothing of the rounds before is lost",
             )
+        if mean is not None:
+            one = mean([decode(reply.arrays, template) for reply in updates if reply.arrays])
+            updates = [replace(updates[0], arrays=encode(one))]
         arrays, _ = self._inner.aggregate_train(request.round, [_fresh(r) for r in updates])
         if arrays is None:
             raise FederationError("aggregation gave nothing", where=f"round {request.round}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ from fedfuse import __version__
 from fedfuse.federation import spending
 from fedfuse.federation.session import Session
 from fedfuse.privacy import accounting
+from fedfuse.privacy.spec import Mechanism, Unit
+from fedfuse.privacy.views import by_node, of_model
 
 __all__ = ["NOT_PRIVATE", "summarise"]
 
@@ -65,7 +68,7 @@ def _privacy(session: Session) -> dict[str, Any]:
     if mechanism is None:
         return {"private": False, "unit": "none", "statement": NOT_PRIVATE}
     delta = privacy.delta
-    nodes = spending.by_node(session.events)
+    nodes = by_node(session.events)
     spent = spending.epsilons(nodes, delta)
     most = max(spent.values(), default=0.0)
     largest = max(nodes.values(), key=lambda past: sum(m.steps for m in past), default=())
@@ -73,20 +76,34 @@ def _privacy(session: Session) -> dict[str, Any]:
     opacus = max(
         (accounting.epsilon_opacus(past, delta) for past in set(nodes.values())), default=0.0
     )
+    server, model, why = _views(session, most)
+    shared = server is None or server > most
+    whom = (
+        "whoever gets the model"
+        if shared
+        else ("the server, the other nodes and whoever gets the model")
+    )
+    beyond = ""
+    if shared:
+        found = "there is no guarantee" if server is None else f"it is {accounting.shown(server)}"
+        beyond = f" Against the server, which is trusted here, {found}."
     return {
         "private": True,
         "statement": (
-            f"({accounting.shown(most)}, {delta:g})-differential privacy for one "
-            f"{mechanism.unit.value} added to or removed from any one node's training data, "
-            "against the server, the other nodes and whoever gets the model."
+            f"({accounting.shown(most)}, {delta:g})-differential privacy for "
+            f"{mechanism.unit.change}, against {whom}.{beyond}"
         ),
         "unit": mechanism.unit.value,
-        "neighbouring_relation": "add or remove one record",
+        "neighbouring_relation": (
+            "a node's data kept or left out"
+            if mechanism.unit is Unit.NODE
+            else f"add or remove one {mechanism.unit.value}"
+        ),
         "delta": delta,
         "epsilon_allowed": privacy.epsilon,
-        "epsilon_server": most,
-        "epsilon_model": most,
-        "epsilon_model_why": "post-processing of the updates; no amplification is claimed",
+        "epsilon_server": server,
+        "epsilon_model": model,
+        "epsilon_model_why": why,
         "epsilon_by_node": spent,
         "epsilon_rdp": rdp,
         "epsilon_opacus": opacus,
@@ -96,6 +113,11 @@ def _privacy(session: Session) -> dict[str, Any]:
         "steps_per_round": mechanism.steps,
         "clip_norm": mechanism.clip_norm,
         "declared_records": privacy.declared_records,
+        "declared_subjects": privacy.declared_subjects,
+        "records_per_subject": privacy.records_per_subject,
+        "clip_shares": privacy.clip_shares,
+        "noise_by": privacy.noise_by,
+        "noise_nodes": privacy.noise_nodes,
         "accountant": {
             "name": "PLD (dp-accounting), pessimistic",
             "version": _version("dp-accounting"),
@@ -107,6 +129,36 @@ def _privacy(session: Session) -> dict[str, Any]:
             else "operating system"
         ),
     }
+
+
+def _views(session: Session, most: float) -> tuple[float | None, float, str]:
+    """(epsilon against the server, against whoever gets the model, why the latter).
+
+    None: the server sees updates without noise.
+    """
+    mechanism, privacy = session.mechanism, session.config.privacy
+    assert mechanism is not None
+    if mechanism.unit is not Unit.NODE:
+        return most, most, "post-processing of the updates; no amplification is claimed"
+    if privacy.noise_by == "server":
+        return None, most, "the server adds the noise to each round's sum"
+    sums = of_model(session.events, privacy.noise_nodes)
+    model = min(most, accounting.epsilon(sums, privacy.delta)) if sums else 0.0
+    own = max(
+        (
+            accounting.epsilon([_quieter(m, privacy.noise_nodes) for m in past], privacy.delta)
+            for past in set(by_node(session.events).values())
+        ),
+        default=0.0,
+    )
+    return own, model, "each round's sum carries the noise of all nodes that answered"
+
+
+def _quieter(mechanism: Mechanism, noise_nodes: int) -> Mechanism:
+    """What one node's update is by itself where the noise is shared out."""
+    return dataclasses.replace(
+        mechanism, noise_multiplier=mechanism.noise_multiplier * noise_nodes**-0.5
+    )
 
 
 def _version(package: str) -> str:

@@ -52,7 +52,6 @@ __all__ = [
     "decode",
     "encode",
     "event_of",
-    "mechanism_of",
     "record_bytes",
     "template_of",
 ]
@@ -189,14 +188,26 @@ class TrainRequest:
             ("physical_batch", job.physical_batch, 1, 1_000_000),
             ("batch_size", job.batch_size, 1, 1_000_000),
             ("expected_batch", job.expected_batch, 1e-9, 1e12),
+            ("records_per_subject", job.records_per_subject, 1, 1_000_000),
+            ("noise_nodes", job.noise_nodes, 1, 1_000_000),
         ):
             if not low <= value <= high:
                 raise WireError(f"{name} = {value}, but it must be from {low:g} to {high:g}")
         if job.optimizer not in OPTIMIZERS:
             raise WireError(f"optimizer = {job.optimizer[:40]!r} is unknown")
-        if job.mechanism is not None and job.mechanism.steps != job.steps:
+        if job.noise_by not in ("nodes", "server"):
+            raise WireError(f"noise_by = {job.noise_by[:40]!r} is unknown")
+        if job.mechanism is not None:
+            self._check_steps(job.mechanism)
+
+    def _check_steps(self, mechanism: Mechanism) -> None:
+        """What is accounted must be what will be run."""
+        if mechanism.unit is Unit.NODE:
+            if mechanism.steps != 1 or mechanism.sample_rate != 1:
+                raise WireError('unit "node" accounts a round as one release at rate 1')
+        elif mechanism.steps != self.job.steps:
             raise WireError(
-                f"{job.steps} steps are asked for, but {job.mechanism.steps} accounted",
+                f"{self.job.steps} steps are asked for, but {mechanism.steps} accounted",
             )
 
 
@@ -285,17 +296,6 @@ class TrainReply:
 def event_of(mechanism: Mechanism, *, node: str, round: int, status: str) -> Event:
     """The line in a node's books for `mechanism`."""
     return Event(node=node, round=round, status=status, **_plain(mechanism))
-
-
-def mechanism_of(event: Event) -> Mechanism:
-    """The mechanism that a line in the books stands for."""
-    return Mechanism(
-        unit=Unit(event.unit),
-        sample_rate=event.sample_rate,
-        noise_multiplier=event.noise_multiplier,
-        clip_norm=event.clip_norm,
-        steps=event.steps,
-    )
 
 
 def _parts(record: RecordDict, *, needs_arrays: bool = True) -> tuple[ArrayRecord, dict[str, Any]]:

@@ -95,6 +95,7 @@ def _log_to(path: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = False
+        logger.setLevel(logging.INFO)
         if path:
             handler = logging.FileHandler(path, encoding="utf-8", delay=True)
             handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))

@@ -46,6 +46,12 @@ class FusionModel(nn.Module):
         return self.head(self.fusion(torch.stack(tokens, 1), seen))  # type: ignore[no-any-return]
 
 
+    def part_of(self, parameter: str) -> str:
+        """The modality that alone a parameter (by its name in the model) serves, or "rest"."""
+        kind, number, *_ = parameter.split(".")
+        return self.names[int(number)] if kind in ("encoders", "norms") else "rest"
+
+
 def build_model(
     schema: Schema, config: ModelConfig, *, vocabulary: int = 4096, seed: int = 0
 ) -> FusionModel:

@@ -8,9 +8,16 @@ Opacus gives the per-record gradients (`GradSampleModule`, hooks) and the order 
     noise     from a ChaCha20 stream (see noise.py), not from torch's global generator
     divisor   the public expected batch size, never the number of records drawn
 
-Guarantees (unit: one record; neighbours: add or remove it; adversary: sees every update)
-    The sum before noise moves by at most C in L2 when one record comes or goes. Noise has
-    standard deviation sigma * C in each coordinate. An empty batch is a step like any other.
+A unit is what the promise is about: a record, or all drawn records of a subject, whose gradients
+are added up before they are clipped.
+
+Guarantees (neighbours: add or remove one unit; adversary: sees every update)
+    The sum before noise moves by at most C in L2 when one unit comes or goes. Noise has standard
+    deviation sigma * C in each coordinate. An empty batch is a step like any other.
+    With shares, each part of the model is clipped at its own bound; the squares of the bounds add
+    up to the square of C, so the whole sum still moves by at most C.
+    With an adaptive C, sum and count are one Gaussian mechanism of `noise_multiplier` together
+    (Andrew et al. 2021, arXiv:1905.03871v5, theorem 1).
 Not covered
     A model in which one record's output depends on another's (batch norm, in-batch contrast);
     `check_model` refuses those that it can see.
@@ -19,27 +26,32 @@ Not covered
 |----------------------|-----------------------------------------------------|
 | empty batch          | zero sum + noise                                    |
 | zero gradient        | contributes zero                                    |
-| NaN or inf gradient  | that record contributes zero                        |
-| batch above the cap  | clipped in parts, summed, noised once               |
+| NaN or inf gradient  | its whole unit contributes zero                     |
+| batch above the cap  | clipped in parts, summed, noised once; the records  |
+|                      | of a subject stay together, whatever the cap        |
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from fedfuse.batch import Batch
-from fedfuse.errors import ModelError
+from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.privacy.noise import NoiseStream
 
 __all__ = [
     "Loss",
+    "Part",
     "PrivateOptimizer",
     "RecordGradients",
     "check_model",
@@ -106,6 +118,16 @@ def with_record_gradients(model: nn.Module) -> GradSampleModule:
     return GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some of the parameters, by their places in the optimizer, and their share of C."""
+
+    name: str
+    places: tuple[int, ...]
+    share: float = 1.0
+    """The part is clipped at share * C; the squares of all shares add up to at most 1."""
+
+
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus's DPOptimizer with our clipping, noise stream and public divisor."""
 
@@ -117,7 +139,13 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         clip_norm: float,
         expected_batch: float,
         stream: NoiseStream,
+        parts: Sequence[Part] = (),
+        watched: Sequence[Part] = (),
+        count_noise: float = 0.0,
     ) -> None:
+        """`noise_multiplier`: of the sum alone. `parts`: clipped each by itself; none: all as one.
+        `watched`: the parts whose signal `signal` tells; none: those that are clipped.
+        `count_noise`: sigma_b of the count of unclipped units; 0: nothing is counted."""
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -127,17 +155,60 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         )
         self.divisor = expected_batch
         self.stream = stream
+        self.parts = tuple(parts) or (Part(name="all", places=tuple(range(len(self.params)))),)
+        self.watched = tuple(watched) or self.parts
+        if sorted(i for part in self.parts for i in part.places) != list(range(len(self.params))):
+            raise ModelError("a parameter belongs to no part, or to several", where="model")
+        if sum(part.share**2 for part in self.parts) > 1 + 1e-9:
+            raise PrivacyError("the squares of the shares of C add up to more than 1")
+        self.count_noise = count_noise
+        self.unclipped: list[float] = []
+        """A step's noisy count of unclipped units, less half of all units; for each step."""
+        self._count = 0.0
 
-    def accumulate(self) -> None:
-        """Adds the clipped sum of ``p.grad_sample`` to ``p.summed_grad`` and drops the former."""
-        factors = clip_factors([p.grad_sample for p in self.params], self.max_grad_norm)
-        broken = (factors == 0).nonzero().squeeze(1)
-        for p in self.params:
-            if len(broken):
-                p.grad_sample[broken] = 0  # 0 x NaN would be NaN
-            part = torch.einsum("i,i...", factors, p.grad_sample)
-            p.summed_grad = part if p.summed_grad is None else p.summed_grad + part
-            p.grad_sample = None
+    def accumulate(self, owners: Tensor | None = None) -> None:
+        """Adds the clipped sum of ``p.grad_sample`` to ``p.summed_grad`` and drops the former.
+
+        owners  (B,) int64, ascending from 0: whose each record is; None: each is its own unit
+        """
+        if owners is not None:
+            units = int(owners[-1]) + 1 if len(owners) else 0
+            for p in self.params:
+                whole = p.grad_sample.new_zeros((units, *p.shape))
+                p.grad_sample = whole.index_add_(0, owners, p.grad_sample)
+        factors = [
+            clip_factors(
+                [self.params[i].grad_sample for i in part.places], self.max_grad_norm * part.share
+            )
+            for part in self.parts
+        ]
+        finite = torch.stack(factors).gt(0).all(0)
+        if self.count_noise:
+            below = torch.stack(factors).ge(1).all(0)
+            self._count += float(below.double().sum()) - 0.5 * len(finite)
+        for part, factor in zip(self.parts, factors, strict=True):
+            for i in part.places:
+                self._add(self.params[i], torch.where(finite, factor, 0.0), finite)
+
+    def _add(self, p: Any, factors: Tensor, finite: Tensor) -> None:
+        if not bool(finite.all()):
+            p.grad_sample[~finite] = 0  # 0 x NaN would be NaN
+        part = torch.einsum("i,i...", factors, p.grad_sample)
+        p.summed_grad = part if p.summed_grad is None else p.summed_grad + part
+        p.grad_sample = None
+
+    def signal(self) -> dict[str, float]:
+        """For each part, the squared norm of the clipped sum over that of the noise expected.
+
+        It is computed from records without noise: it stays on the node.
+        """
+        std = self.noise_multiplier * self.max_grad_norm
+        found = {}
+        for part in self.watched:
+            params = [self.params[i] for i in part.places]
+            power = sum(float(p.summed_grad.square().sum()) for p in params)
+            found[part.name] = power / (std**2 * max(1, sum(p.numel() for p in params)))
+        return found
 
     def add_noise(self) -> None:
         """``p.grad = p.summed_grad + N(0, (sigma C)^2)``, in float64, cut to the model's dtype."""
@@ -154,6 +225,10 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def pre_step(self, closure: Any = None) -> bool:
         """Noise and division for sums that `accumulate` has made; clipping is already done."""
+        if self.count_noise:
+            noise = float(self.stream.normal(1, self.count_noise))
+            self.unclipped.append(self._count + noise)
+            self._count = 0.0
         self.add_noise()
         self.scale_grad()
         return True
@@ -177,18 +252,46 @@ def private_step(
     loss: Loss,
     *,
     physical_batch: int,
+    owners: NDArray[np.int64] | None = None,
     adjust: Callable[[], None] | None = None,
+    watch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> None:
     """One step on `batch` (B may be 0), at most `physical_batch` records at once.
 
-    `adjust` may add to ``p.grad`` what does not depend on records (a proximal term).
+    `owners` (B,), ascending from 0: whose each record is; None: each record is its own unit.
+    `adjust` may add to ``p.grad`` what does not depend on records (a proximal term). `watch` is
+    shown how strong the signal was, which must not leave the node.
     """
     optimizer.zero_grad(set_to_none=True)
-    for start in range(0, max(1, len(batch)), physical_batch):
-        part = batch[slice(start, start + physical_batch)]
+    for rows, whose in _pieces(len(batch), owners, physical_batch):
+        part = batch[rows]
         loss(model(part), part.target).sum().backward()
-        optimizer.accumulate()
+        device = optimizer.params[0].device
+        optimizer.accumulate(None if whose is None else torch.from_numpy(whose).to(device))
+    if watch is not None:
+        watch(optimizer.signal())
     optimizer.pre_step()
     if adjust is not None:
         adjust()
     optimizer.original_optimizer.step()
+
+
+def _pieces(
+    count: int, owners: NDArray[np.int64] | None, most: int
+) -> Iterator[tuple[slice, NDArray[np.int64] | None]]:
+    """Slices of at most `most` rows, or of one unit where that is larger; a unit is never cut."""
+    if owners is None:
+        for start in range(0, max(1, count), most):
+            yield slice(start, start + most), None
+        return
+    start = 0
+    while True:
+        stop = min(start + most, count)
+        if stop < count and owners[stop] == owners[stop - 1]:
+            first = int(np.searchsorted(owners, owners[stop]))
+            stop = first if first > start else int(np.searchsorted(owners, owners[stop], "right"))
+        piece = owners[start:stop]
+        yield slice(start, stop), piece - piece[0] if len(piece) else piece
+        start = stop
+        if start >= count:
+            return

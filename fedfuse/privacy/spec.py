@@ -12,7 +12,7 @@ from typing import Any
 
 from fedfuse.errors import PrivacyError
 
-__all__ = ["Event", "Mechanism", "PrivacyConfig", "Unit"]
+__all__ = ["Event", "Mechanism", "PrivacyConfig", "Unit", "clip_shares"]
 
 
 class Unit(StrEnum):
@@ -56,11 +56,6 @@ class PrivacyConfig:
     """How C is shared out: "" clips the whole gradient at C; "equal" gives each modality's
     encoder, and the rest of the model, the same share; "image=2,audio=1,rest=1" gives shares in
     that proportion. The squares of the parts add up to the square of C."""
-    clip_quantile: float = 0.0
-    """0: C is fixed. Else C follows this quantile of the units' norms, which is estimated
-    privately and charged (Andrew et al. 2021, arXiv:1905.03871v5)."""
-    clip_step: float = 0.2
-    """eta_C, how fast C follows: C <- C exp(-eta_C (share of unclipped units - clip_quantile))."""
     sample_rate: float = 0.25
     """q, the chance that a record is in a step's batch; declared, never derived from data."""
     noise_multiplier: float = 0.0
@@ -75,9 +70,10 @@ class PrivacyConfig:
     noise_by: str = "nodes"
     """Unit "node": "nodes" each add a share of the noise, so that the sum of `noise_nodes`
     updates carries all of it; "server" adds it after clipping, and is trusted with the updates."""
-    noise_nodes: int = 0
-    """Unit "node", noise by nodes: how many nodes at least are taken to add their share.
-    0: federation.min_nodes."""
+    noise_nodes: int = 1
+    """Unit "node", noise by nodes: over how many updates the noise is shared out. With 1 each
+    update keeps the promise by itself; with more, only sums do, and the server is trusted to
+    look at nothing else. At most federation.min_nodes."""
     records_are_units: bool = False
     """Go on with unit "record" though subjects repeat in the manifest."""
     noise_seed: str = ""
@@ -132,6 +128,44 @@ class Mechanism:
         if not self.count_noise:
             return z
         return float((z**-2 - (2 * self.count_noise) ** -2) ** -0.5)
+
+
+REST = "rest"
+"""The part of a model that belongs to no single modality."""
+
+
+def clip_shares(text: str, names: tuple[str, ...]) -> dict[str, float]:
+    """The share of C of each modality in `names` and of the "rest"; {} where C is not shared out.
+
+    `text` is a value of PrivacyConfig.clip_shares. The squares of the shares add up to 1.
+
+    >>> clip_shares("a=3,rest=4", ("a",))
+    {'a': 0.6, 'rest': 0.8}
+
+    Raises PrivacyError where a name or a number is wrong.
+    """
+    if not text:
+        return {}
+    known = (*names, REST)
+    weights = dict.fromkeys(known, 1.0) if text == "equal" else {}
+    for item in () if text == "equal" else text.split(","):
+        name, _, number = (piece.strip() for piece in item.partition("="))
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            weights[name] = math.nan
+        if name not in known or not 0 < weights[name] < 1e6:
+            raise PrivacyError(
+                f"clip_shares = {text!r}: {item.strip()!r} is no share",
+                where="privacy",
+                hint=f'write "equal", or a positive number for each of {", ".join(known)}',
+            )
+    if missing := [name for name in known if name not in weights]:
+        raise PrivacyError(
+            f"clip_shares = {text!r} gives no share to {missing[0]}", where="privacy"
+        )
+    length = math.sqrt(sum(weight**2 for weight in weights.values()))
+    return {name: weights[name] / length for name in known}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,13 +31,13 @@ def by_node(events: Iterable[Event]) -> dict[str, History]:
     return {node: tuple(nodes[node]) for node in sorted(nodes)}
 
 
-def of_model(events: Iterable[Event]) -> History:
-    """Unit "node": what the rounds' sums are, to whoever sees sums only.
+def of_model(events: Iterable[Event], noise_nodes: int = 1) -> History:
+    """Unit "node", noise by nodes: what the rounds' sums are, to whoever sees sums only.
 
-    In a round with n good updates, each with its own noise sigma C, the sum carries
-    sigma sqrt(n) C, while a node that comes or goes moves it by C at most. Only nodes that
-    answered (status "spent") are counted for noise; every round that was begun counts as a
-    release, one without a good update with the noise of one node.
+    In a round with n good updates, each with noise sigma C / sqrt(noise_nodes), the sum carries
+    sigma C sqrt(n / noise_nodes), while a node that comes or goes moves it by C at most.
+    Only nodes that answered (status "spent") are counted for noise; every round that was begun
+    counts as a release, one without a good update with the noise of one node.
 
     Assumes that every node that answered added its share.
     """
@@ -52,8 +52,8 @@ def of_model(events: Iterable[Event]) -> History:
         views.append(
             dataclasses.replace(
                 quietest,
-                noise_multiplier=_noise(quietest) * math.sqrt(max(spent, 1)),
-                count_noise=quietest.count_noise * math.sqrt(max(spent, 1)),
+                noise_multiplier=_noise(quietest) * math.sqrt(max(spent, 1) / noise_nodes),
+                count_noise=quietest.count_noise * math.sqrt(max(spent, 1) / noise_nodes),
             )
         )
     return tuple(views)

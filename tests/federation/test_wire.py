@@ -22,7 +22,6 @@ from fedfuse.federation.wire import (
     decode,
     encode,
     event_of,
-    mechanism_of,
     template_of,
 )
 from fedfuse.privacy.spec import Mechanism, Unit
@@ -120,7 +119,7 @@ def test_a_reply_comes_through_as_it_was() -> None:
 
 def test_events_and_mechanisms_go_over_into_each_other() -> None:
     event = event_of(MECHANISM, node="x", round=1, status="spent")
-    assert mechanism_of(event) == MECHANISM
+    assert event.mechanism == MECHANISM
 
 
 def test_what_flower_adds_to_a_request_is_allowed() -> None:

@@ -1,0 +1,110 @@
+"""Unit "node": the update of a whole round is clipped, summed with others, and noised.
+
+    update   Delta_i = w_i - w, over all trained weights, scaled to norm C at most
+    sum      of the Delta_i, plus noise of standard deviation sigma C in each coordinate
+    mean     the sum over the number of nodes that were asked, which is public
+
+McMahan et al. 2018 (arXiv:1710.06963v3), algorithm 1, with a fixed divisor.
+
+Guarantees (unit: a node; neighbours: its training data is there, or it is empty and its update
+zero, as in Kairouz et al. 2021, arXiv:2103.00039v3, zero-out)
+    The sum moves by at most C. Noise by nodes: each node adds a share, whoever sees one update
+    alone faces that share. Noise by the server: the server sees updates as they are.
+Not covered
+    Which nodes were asked, and which answered. Noise that a node was to add and did not.
+
+Flower's own wrappers are not used: their noise is NumPy's global generator, 0-d weights escape
+clipping and noise, and an update of zero divides by zero (seen in Flower 1.41).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedfuse.privacy.noise import NoiseStream
+
+__all__ = ["noisy_mean", "private_update"]
+
+Arrays = Mapping[str, NDArray[np.generic]]
+Update = dict[str, NDArray[np.float64]]
+
+
+def private_update(
+    start: Arrays,
+    end: Arrays,
+    trained: Iterable[str],
+    *,
+    clip_norm: float,
+    noise_multiplier: float,
+    stream: NoiseStream,
+) -> dict[str, NDArray[np.generic]]:
+    """`end`, moved to within C of `start` and noised; what is not `trained` is as in `start`.
+
+    noise_multiplier  this node's share; 0: the server adds all of it
+    """
+    update = _noised(_clipped(start, end, trained, clip_norm), noise_multiplier * clip_norm, stream)
+    return _moved(start, update)
+
+
+def noisy_mean(
+    start: Arrays,
+    ends: Iterable[Arrays],
+    trained: Iterable[str],
+    *,
+    asked: int,
+    clip_norm: float,
+    noise_multiplier: float,
+    stream: NoiseStream,
+) -> dict[str, NDArray[np.generic]]:
+    """`start`, moved by the noised sum of the clipped updates over `asked`.
+
+    noise_multiplier  0: the nodes have clipped and noised already, so nothing is clipped here
+    """
+    names = sorted(trained)
+    total = {name: np.zeros(start[name].shape) for name in names}
+    for end in ends:
+        bound = clip_norm if noise_multiplier else np.inf
+        for name, part in _clipped(start, end, names, bound).items():
+            total[name] = total[name] + part
+    total = _noised(total, noise_multiplier * clip_norm, stream)
+    return _moved(start, {name: part / asked for name, part in total.items()})
+
+
+def _clipped(start: Arrays, end: Arrays, trained: Iterable[str], clip_norm: float) -> Update:
+    """The update, in float64, at most `clip_norm` long; one that is not finite is zero."""
+    update = {
+        name: np.asarray(end[name], np.float64) - np.asarray(start[name], np.float64)
+        for name in sorted(trained)
+    }
+    norm = float(np.sqrt(sum(float(np.square(part).sum()) for part in update.values())))
+    if not np.isfinite(norm):
+        return {name: np.zeros_like(part) for name, part in update.items()}
+    factor = min(1.0, clip_norm / norm) if norm > 0 else 1.0
+    return {name: part * factor for name, part in update.items()}
+
+
+def _noised(update: Update, std: float, stream: NoiseStream) -> Update:
+    if std == 0:
+        return update
+    sizes = [part.size for part in update.values()]
+    noise = stream.normal(sum(sizes), std).split(sizes)
+    return {
+        name: part + _like(drawn, part)
+        for (name, part), drawn in zip(update.items(), noise, strict=True)
+    }
+
+
+def _like(drawn: torch.Tensor, part: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(drawn.numpy(), np.float64).reshape(part.shape)
+
+
+def _moved(start: Arrays, update: Update) -> dict[str, NDArray[np.generic]]:
+    moved = {name: np.array(value) for name, value in start.items()}
+    for name, part in update.items():
+        whole = np.asarray(start[name], np.float64) + part
+        moved[name] = whole.astype(start[name].dtype)
+    return moved

@@ -45,7 +45,6 @@ class FusionModel(nn.Module):
         seen = torch.stack([batch.present[name] for name in self.names], 1)
         return self.head(self.fusion(torch.stack(tokens, 1), seen))  # type: ignore[no-any-return]
 
-
     def part_of(self, parameter: str) -> str:
         """The modality that alone a parameter (by its name in the model) serves, or "rest"."""
         kind, number, *_ = parameter.split(".")

@@ -1,0 +1,290 @@
+"""What runs and ledgers have spent: every fact of the privacy report in one structure.
+
+Torch-free. Each figure is computed anew from the mechanisms in the books; what a summary claims is
+only compared with that.
+
+Guarantees
+    Unit: that of the books. Neighbouring relation: add or remove one unit; what replacing one
+    costs stands beside it.
+    Not covered: releases that are in none of the books given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedfuse.config import RunConfig
+from fedfuse.errors import PrivacyError
+from fedfuse.privacy import views
+from fedfuse.privacy.accounting import shown
+from fedfuse.privacy.ledger import Entry, Ledger
+from fedfuse.privacy.spec import Event, Unit
+from fedfuse.reports import assumptions
+from fedfuse.reports.facts import (
+    Account,
+    Facts,
+    History,
+    LedgerMark,
+    Outcome,
+    detail_of,
+    mixed,
+    ranked,
+)
+from fedfuse.reports.statement import Role, Statement
+from fedfuse.runfolder import RunFolder
+
+__all__ = ["of_ledger", "of_run"]
+
+SERVER = "the server, and whoever else sees a node's updates"
+PUBLIC = "whoever gets the model"
+
+
+def of_run(path: Path) -> Facts:
+    """The facts of the run in a folder, finished or not.
+
+    Raises RunFolderError, ConfigError, or PrivacyError where the books make no sense.
+    """
+    folder = RunFolder.open(path)
+    config, summary = folder.config(), folder.summary() or {}
+    events, rows = folder.events(), folder.metrics()
+    claims = summary.get("privacy")
+    claims = claims if isinstance(claims, dict) else {}
+    fingerprint = summary.get("data_fingerprint")
+    bare = Facts(
+        kind="run",
+        name=config.name,
+        private=config.private,
+        delta=config.privacy.delta,
+        statements=(),
+        accounts=(),
+        detail=None,
+        assumptions=(),
+        problems=(),
+        data=(fingerprint,) if fingerprint and isinstance(fingerprint, str) else (),
+        outcome=_outcome(config, rows, summary),
+        config=config,
+        hashes=_hashes(path),
+    )
+    if not config.private:
+        problems = ["the books have lines, though nothing was promised"] if events else []
+        if claims.get("private"):
+            problems.append("summary.json claims privacy, though config.toml promises none")
+        return replace(bare, problems=(*folder.problems, *problems))
+    unit = Unit(config.privacy.unit)
+    foreign = sorted({event.unit for event in events} - {unit.value})
+    if foreign:
+        raise PrivacyError(
+            f"the books are about unit {foreign[0]!r}, the promise about {unit.value!r}",
+            where=str(path),
+            hint="one run has one unit: these books belong to another configuration",
+        )
+    accounts = _run_accounts(config, events)
+    statements = _run_statements(config, accounts) if accounts else ()
+    said = summary.get("assumptions")
+    return replace(
+        bare,
+        statements=statements,
+        accounts=accounts,
+        detail=detail_of(accounts, bare.delta),
+        assumptions=(
+            *assumptions.of_run(config, events, rows, said if isinstance(said, list) else ()),
+            *assumptions.of_figures(accounts),
+        ),
+        problems=(*folder.problems, *_contradictions(claims, statements, accounts)),
+    )
+
+
+def of_ledger(path: Path, *, delta: float, allowed: float | None) -> Facts:
+    """The facts of a node's ledger, an account for each data set and unit.
+
+    A ledger holds mechanisms only, so `delta` and what is `allowed` are the reader's.
+    Raises LedgerError.
+    """
+    ledger = Ledger.open(path)
+    entries = tuple(ledger.entries())
+    done = {entry.of for entry in entries}
+    spent: dict[tuple[str, Unit], list[Entry]] = {}
+    for entry in entries:
+        if entry.mechanism is not None:
+            spent.setdefault((entry.dataset, entry.mechanism.unit), []).append(entry)
+    accounts = ranked(
+        Account.of(
+            "dataset",
+            dataset,
+            [(n, e.mechanism) for n, e in enumerate(lines, 1) if e.mechanism is not None],
+            reserved=sum(e.kind == "reserved" and e.number not in done for e in lines),
+            allowed=allowed,
+            delta=delta,
+        )
+        for (dataset, _), lines in spent.items()
+    )
+    mark = LedgerMark(
+        id=ledger.id,
+        node=ledger.node,
+        head=entries[-1].hash,
+        lines=len(entries),
+        public_key=ledger.public_key,
+    )
+    return Facts(
+        kind="ledger",
+        name=ledger.node,
+        private=True,
+        delta=delta,
+        statements=_dataset_statements(accounts),
+        accounts=accounts,
+        detail=detail_of(accounts, delta),
+        assumptions=(
+            *assumptions.of_ledger(
+                signed=bool(mark.public_key),
+                lines=mark.lines,
+                reserved=sum(account.reserved for account in accounts),
+            ),
+            *assumptions.of_figures(accounts),
+        ),
+        problems=(*ledger.problems, *mixed(accounts)),
+        data=tuple(sorted({account.name for account in accounts})),
+        ledgers=(mark,),
+    )
+
+
+def _run_accounts(config: RunConfig, events: Sequence[Event]) -> tuple[Account, ...]:
+    """An account for each node; and with unit "node" and noise by nodes, one for the model, and
+    where the noise is shared out, one for each node's updates by themselves."""
+    privacy = config.privacy
+    by_node: dict[str, list[Event]] = {}
+    for event in events:
+        by_node.setdefault(event.node, []).append(event)
+
+    def account(
+        role: Role, name: str, history: History, reserved: int, allowed: float | None
+    ) -> Account:
+        return Account.of(
+            role, name, history, reserved=reserved, allowed=allowed, delta=privacy.delta
+        )
+
+    accounts = []
+    for node, lines in by_node.items():
+        history = tuple((event.round, event.mechanism) for event in lines)
+        reserved = sum(event.status != "spent" for event in lines)
+        accounts.append(account("node", node, history, reserved, privacy.epsilon))
+        if _shared(config) and privacy.noise_nodes > 1:
+            share = privacy.noise_nodes**-0.5
+            alone = tuple(
+                (n, replace(m, noise_multiplier=m.noise_multiplier * share)) for n, m in history
+            )
+            accounts.append(account("update", node, alone, reserved, None))
+    if _shared(config) and events:
+        numbers = sorted({event.round for event in events})
+        sums = views.of_model(events, privacy.noise_nodes)
+        history = tuple(zip(numbers, sums, strict=True))
+        accounts.append(account("model", "the model", history, 0, None))
+    return ranked(accounts)
+
+
+def _run_statements(config: RunConfig, accounts: Sequence[Account]) -> tuple[Statement, ...]:
+    unit = Unit(config.privacy.unit)
+    most = {
+        role: max((a.figures.epsilon for a in accounts if a.role == role), default=0.0)
+        for role in ("node", "update", "model")
+    }
+
+    def statement(against: str, role: Role, why: str) -> Statement:
+        return Statement(against=against, unit=unit, role=role, epsilon=most[role], why=why)
+
+    own = "all releases of the node that spent most; no amplification is claimed"
+    if unit is not Unit.NODE:
+        after = "the model is computed from the updates, and tells no more than they do"
+        return statement(SERVER, "node", own), statement(PUBLIC, "node", after)
+    if not _shared(config):
+        trusted = "the server adds the noise: it sees updates without any, and is trusted with them"
+        return (
+            Statement(against=SERVER, unit=unit, role="node", epsilon=None, why=trusted),
+            statement(PUBLIC, "node", "all sums that the node was part of"),
+        )
+    single = "each update carries a share of the noise, and is taken by itself"
+    summed = (
+        "the model shows sums over nodes, with the noise of all that answered; a node that took "
+        "part knows its own share of it"
+    )
+    shares = config.privacy.noise_nodes > 1
+    return (
+        statement(SERVER, "update" if shares else "node", single if shares else own),
+        # A round that was broken off counts as a release of the model, though none was made: the
+        # nodes' own figures hold for the model too, and may be the smaller ones.
+        statement(PUBLIC, "model" if most["model"] <= most["node"] else "node", summed),
+    )
+
+
+def _shared(config: RunConfig) -> bool:
+    """Whether the model shows sums that carry the noise of several nodes."""
+    return config.privacy.unit == Unit.NODE and config.privacy.noise_by == "nodes"
+
+
+def _dataset_statements(accounts: Sequence[Account]) -> tuple[Statement, ...]:
+    return tuple(
+        Statement(
+            against="whoever sees all that was released from the data set",
+            unit=unit,
+            role="dataset",
+            epsilon=max(a.figures.epsilon for a in accounts if a.unit is unit),
+            why="all runs, of all servers, together; of the data set that spent most",
+        )
+        for unit in sorted({account.unit for account in accounts})
+    )
+
+
+def _contradictions(
+    claims: Mapping[str, Any], statements: Sequence[Statement], accounts: Sequence[Account]
+) -> list[str]:
+    """Figures in summary.json that the books do not bear out."""
+    said: list[tuple[str, Any, float | None]] = []
+    for key, one in zip(("epsilon_server", "epsilon_model"), statements, strict=True):
+        said.append((key, claims.get(key), one.epsilon))
+    by_node = claims.get("epsilon_by_node")
+    nodes = {a.name: a.figures.epsilon for a in accounts if a.role == "node"}
+    for name, value in (by_node if isinstance(by_node, dict) else {}).items():
+        said.append((f"epsilon_by_node of {name!r}", value, nodes.get(name, 0.0)))
+    return [
+        f"summary.json says {key} = {value}, the books give "
+        f"{'no guarantee' if found is None else shown(found)}"
+        for key, value, found in said
+        if value is not None and not _agree(value, found)
+    ]
+
+
+def _agree(claim: Any, found: float | None) -> bool:
+    if found is None or isinstance(claim, bool) or not isinstance(claim, int | float):
+        return False
+    return abs(claim - found) <= 1e-3 * max(found, 1e-3)
+
+
+def _outcome(
+    config: RunConfig, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> Outcome:
+    headline = summary.get("headline")
+    headline = headline if isinstance(headline, dict) else {}
+    return Outcome(
+        status=str(summary.get("status", "not finished")),
+        engine=config.federation.engine,
+        rounds=config.train.rounds,
+        done=len(rows),
+        headline=str(headline.get("name", "")),
+        value=_number(headline.get("value")),
+        baseline=_number(summary.get("majority")),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _hashes(path: Path) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (name, hashlib.sha256((path / name).read_bytes()).hexdigest())
+        for name in ("config.toml", "model.safetensors")
+        if (path / name).is_file()
+    )

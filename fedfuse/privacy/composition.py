@@ -84,17 +84,16 @@ def fewer(counts: Counts) -> Counts:
     noise. A larger q: with q' < q the step is a mixture of that with q, and of one that never sees
     the unit; divergences are jointly convex.
     """
-    notch = 1.01
-    while len(counts) > MOST_KINDS:
+    few, notch = counts, 1.01
+    while len(few) > MOST_KINDS:
         total: dict[tuple[float, float], int] = {}
         for q, sigma, steps in counts:
-            up = min(1.0, notch ** math.ceil(math.log(q, notch) - 1e-9))
-            down = notch ** math.floor(math.log(sigma, notch) + 1e-9)
-            key = (max(up, q), min(down, sigma))
-            total[key] = total.get(key, 0) + steps
-        counts = tuple(sorted((q, sigma, steps) for (q, sigma), steps in total.items()))
-        notch = notch**2
-    return counts
+            up = max(q, min(1.0, notch ** math.ceil(math.log(q, notch) - 1e-9)))
+            down = min(sigma, notch ** math.floor(math.log(sigma, notch) + 1e-9))
+            total[up, down] = total.get((up, down), 0) + steps
+        few = tuple(sorted((q, sigma, steps) for (q, sigma), steps in total.items()))
+        notch **= 1.25
+    return few
 
 
 @lru_cache(maxsize=2)

@@ -159,7 +159,7 @@ class _Composed:
         if delta <= 0:
             return math.inf
         target = delta / self.unit
-        at = self.above[1:] - np.exp(self.losses - self.mean) * self.below[1:]
+        at = self.above[1:] - np.exp(np.minimum(self.losses - self.mean, 700)) * self.below[1:]
         first = int(np.argmax(at <= target))  # epsilon is in the cell that ends here
         room = (self.above[first] - target) / self.below[first]
         return max(self.mean + math.log(room), 0.0) if room > 0 else 0.0
@@ -228,7 +228,7 @@ def _compose(counts: Counts, side: int, plan: _Plan) -> _Composed:
     law = np.roll(np.fft.irfft(spectrum, size), -(first % size))
     losses: Array = np.arange(first, first + size, dtype=np.float64) * h
     log_outside -= np.array(plan.orders) * losses[[0, -1]]
-    kept = theta * (plan.mean - losses) < 300  # far below epsilon masses would overflow
+    kept = max(theta, 1) * (plan.mean - losses) < 300  # far below epsilon masses would overflow
     losses, law = losses[kept], np.maximum(law[kept], 0.0)
     mass = law * np.exp(theta * (plan.mean - losses))
     return _Composed(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedfuse.reports.examination import Examination
+    from fedfuse.reports.examination import Claim, Examination
     from fedfuse.reports.facts import Account, Facts
 
 __all__ = ["describe", "findings", "plain", "tree", "verdict"]
@@ -39,7 +39,7 @@ def describe(facts: Facts) -> Iterator[str]:
     else:
         yield from _row("privacy", facts.sentence)
     for problem in facts.problems:
-        yield from _row("CONTRADICTION", problem)
+        yield from _row("PROBLEM", problem)
     if facts.accounts:
         yield from _rows("budget", _bars(facts.accounts))
         for text in forecast(facts):
@@ -102,9 +102,6 @@ def _row(name: str, text: str) -> Iterator[str]:
 
 def verdict(found: Examination, path: Path) -> Iterator[str]:
     """What was found of a certificate, in lines; the faults themselves are for stderr."""
-    from fedfuse.privacy.accounting import shown
-    from fedfuse.reports.wording import floor
-
     tree = found.tree
     yield from _row(
         "certificate", f"{path}, of {tree['time']}, by fedfuse {tree['fedfuse']} as it says"
@@ -112,13 +109,8 @@ def verdict(found: Examination, path: Path) -> Iterator[str]:
     yield from _row("signature", _signature(found))
     for section in tree["sections"]:
         yield from _row("statement", f"{section['name']}: {section['statement']}")
-    for number, claim in enumerate(found.claims):
-        yield from _row(
-            "" if number else "checked",
-            f"{claim.section}: {claim.account}: claims epsilon = {shown(claim.epsilon)} at delta = "
-            f"{claim.delta:g}, unit {claim.unit}; the second accountant: {floor(claim.lower)} to "
-            f"{shown(claim.upper)}",
-        )
+    for number, text in enumerate(_claims(found)):
+        yield from _row("" if number else "checked", text)
     for number, note in enumerate(found.notes):
         yield from _row("" if number else "note", note)
     faults = len(found.faults)
@@ -128,6 +120,24 @@ def verdict(found: Examination, path: Path) -> Iterator[str]:
         if not faults
         else f"IT DOES NOT HOLD: {faults} fault{'' if faults == 1 else 's'}",
     )
+
+
+def _claims(found: Examination) -> Iterator[str]:
+    """What is claimed, and what the second accountant says; equal claims in one line."""
+    from fedfuse.privacy.accounting import shown
+    from fedfuse.reports.wording import floor
+
+    equal: dict[tuple[str, str, float, float], list[Claim]] = {}
+    for claim in found.claims:
+        key = (claim.section, claim.unit, claim.delta, claim.epsilon)
+        equal.setdefault(key, []).append(claim)
+    for (section, unit, delta, epsilon), claims in equal.items():
+        others = f" and {len(claims) - 1} more" if len(claims) > 1 else ""
+        low, high = min(one.lower for one in claims), max(one.upper for one in claims)
+        yield (
+            f"{section}: {claims[0].account}{others}: epsilon = {shown(epsilon)} at delta = "
+            f"{delta:g}, unit {unit}; the second accountant: {floor(low)} to {shown(high)}"
+        )
 
 
 def _signature(found: Examination) -> str:

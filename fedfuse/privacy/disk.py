@@ -19,15 +19,7 @@ __all__ = ["append", "create", "replace"]
 
 def create(path: Path, data: bytes) -> None:
     """Writes a file that nobody but its owner can read. Raises FileExistsError."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            append(handle, 0, data)
-        finally:
-            os.close(handle)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    _write(path, data)
     _sync(path.parent)
 
 
@@ -36,7 +28,7 @@ def replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        create(temporary, data)
+        _write(temporary, data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,6 +48,17 @@ def append(handle: int, end: int, data: bytes) -> None:
             os.ftruncate(handle, end)
             os.fsync(handle)
         raise
+
+
+def _write(path: Path, data: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        append(handle, 0, data)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
 
 
 def _sync(folder: Path) -> None:

@@ -151,6 +151,8 @@ class _Composed:
     def _delta(self, epsilon: float) -> float:
         """E f(L') over the window."""
         first = int(np.searchsorted(self.losses, epsilon, side="right"))
+        if first == len(self.losses):
+            return 0.0
         value = self.above[first] - math.exp(epsilon - self.mean) * self.below[first]
         return self.unit * max(float(value), 0.0)
 
@@ -175,7 +177,8 @@ class _Composed:
 
     def _chernoff(self, loss: float) -> float:
         """The P'-mass that the tilted mass outside of the window stands for at `loss` or above."""
-        return self.outside * self.unit * math.exp(self.theta * (self.mean - loss))
+        log_factor = self.theta * (self.mean - loss)
+        return self.outside * self.unit * math.exp(log_factor) if log_factor < 700 else math.inf
 
     def _gap(self, epsilon: float) -> float:
         """E f(L + S) - E f(L), at most.

@@ -56,7 +56,7 @@ def of_run(path: Path) -> Facts:
     fingerprint = summary.get("data_fingerprint")
     bare = Facts(
         kind="run",
-        name=config.name,
+        name=_named(config.name, path),
         private=config.private,
         delta=config.privacy.delta,
         statements=(),
@@ -260,6 +260,12 @@ def _agree(claim: Any, found: float | None) -> bool:
     if found is None or isinstance(claim, bool) or not isinstance(claim, int | float):
         return False
     return abs(claim - found) <= 1e-3 * max(found, 1e-3)
+
+
+def _named(name: str, path: Path) -> str:
+    """A run's name, with its folder's where that says more."""
+    folder = path.resolve().name
+    return folder if name in folder else f"{name} ({folder})"
 
 
 def _outcome(

@@ -169,15 +169,17 @@ def detail_of(accounts: Sequence[Account], delta: float) -> Detail | None:
 
 
 def mixed(accounts: Iterable[Account]) -> tuple[str, ...]:
-    """Names that several units were released under: none of the figures covers the others."""
-    units: dict[tuple[Role, str], set[Unit]] = {}
+    """That some were released from under several units, where it is so."""
+    units: dict[str, set[Unit]] = {}
     for account in accounts:
-        units.setdefault((account.role, account.name), set()).add(account.unit)
-    return tuple(
-        f"{name!r} was released from under the units {', '.join(sorted(each))}: each figure leaves "
-        "out the releases under the others"
-        for (_, name), each in sorted(units.items())
-        if len(each) > 1
+        units.setdefault(account.name, set()).add(account.unit)
+    names = sorted(name for name, each in units.items() if len(each) > 1)
+    if not names:
+        return ()
+    several = ", ".join(sorted({unit for name in names for unit in units[name]}))
+    return (
+        f"{', '.join(names)}: released from under several units ({several}), and each figure "
+        "leaves out the releases under the others",
     )
 
 

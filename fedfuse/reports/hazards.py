@@ -27,7 +27,7 @@ Answer = tuple[str, str]
 def reporting(facts: Facts) -> tuple[Answer, ...]:
     """The reporting items, answered."""
     if not facts.private:
-        return (("DP setting", "None: nothing is promised, so no item below has an answer."),)
+        return (("DP setting", "None: nothing is promised, so no other item has an answer."),)
     return (
         ("DP setting", _setting(facts)),
         ("Instantiating the DP definition: data accesses covered", _accesses(facts)),

@@ -44,7 +44,8 @@ def _page(sections: Sequence[Facts], now: datetime) -> Iterator[str]:
         f"<style>\n{css}</style>\n</head>\n<body>\n"
         "<h1>Privacy report</h1>\n"
         f'<p class="soft">What was promised about training data, what was spent, and what that '
-        f"rests on. Made by fedfuse {__version__} on {now:%Y-%m-%d at %H:%M} UTC.</p>\n"
+        f"rests on. Made by fedfuse {__version__} on "
+        f'<span class="number">{now:%Y-%m-%d}</span> at {now:%H:%M} UTC.</p>\n'
     )
     if len(sections) > 1:
         yield "<ul>\n"
@@ -75,7 +76,7 @@ def _section(facts: Facts) -> Iterator[str]:
             "There is no epsilon.</div>\n"
         )
     for problem in facts.problems:
-        yield f'<p class="problem">Contradiction: {_e(problem)}</p>\n'
+        yield f'<p class="problem">Problem: {_e(problem)}.</p>\n'
     if facts.detail is not None:
         yield from _statements(facts)
         yield from _meaning(facts)

@@ -44,7 +44,7 @@ def checks(facts: Facts) -> tuple[Check, ...]:
         (
             "second accountant",
             f"ε = {floor(low)} to {shown(high)}",
-            "shares no code with the first; the truth is in between",
+            "shares no code with the first; truth in between",
         ),
         (
             "Gaussian DP",
@@ -54,7 +54,7 @@ def checks(facts: Facts) -> tuple[Check, ...]:
         (
             "replace one",
             f"ε = {shown(more.replace)}",
-            "the same releases, where one unit takes another's place",
+            "where one unit takes another's place",
         ),
     )
 

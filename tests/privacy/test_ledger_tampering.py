@@ -157,80 +157,91 @@ def test_lines_that_hold_together_must_make_sense_too(
 # ---- tampering that the file alone does not show, and what does
 
 
-def changed(path: Path) -> None:
+def changed(path: Path, key: Path | None) -> None:
     """Somebody lowers what was spent, and makes the chain fit."""
     trees = trees_of(path)
     trees[1]["mechanism"]["steps"] = 1
-    write_anew(path, trees)
+    write_anew(path, trees, key)
 
 
-def without_the_last(path: Path) -> None:
+def without_the_last(path: Path, key: Path | None) -> None:
     path.write_bytes(b"".join(lines_of(path)[:-1]))
 
 
-def cut_into_the_last(path: Path) -> None:
+def cut_into_the_last(path: Path, key: Path | None) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def older(path: Path) -> None:
+def older(path: Path, key: Path | None) -> None:
     path.write_bytes(b"".join(lines_of(path)[:3]))
 
 
-def another(path: Path) -> None:
+def another(path: Path, key: Path | None) -> None:
     """A new ledger of the same name, with nothing spent."""
     path.unlink()
-    Ledger.create(path, node="clinic-a")
+    Ledger.create(path, node="clinic-a", key=key)
 
 
-def went_apart(path: Path) -> None:
+def went_apart(path: Path, key: Path | None) -> None:
     """An older copy, which went on by itself."""
-    older(path)
-    spend(Ledger.open(path), "elsewhere", round=7)
-    spend(Ledger.open(path), "elsewhere again", round=8)
-    spend(Ledger.open(path), "and again", round=9)
+    older(path, key)
+    for number in range(3):
+        spend(Ledger.open(path, key=key), f"elsewhere {number}", round=7)
 
 
-Attack = Callable[[Path], None]
-ATTACKS = [changed, without_the_last, cut_into_the_last, older, another, went_apart]
+Attack = Callable[[Path, Path | None], None]
+NEEDS_THE_KEY = [changed, another, went_apart]
+NEEDS_NO_KEY = [without_the_last, cut_into_the_last, older]
+every_attack = pytest.mark.parametrize("attack", NEEDS_THE_KEY + NEEDS_NO_KEY)
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_the_file_alone_of_an_unsigned_ledger_does_not_show_it(
-    ledger: Ledger, path: Path, attack: Attack
+@pytest.fixture(params=["without a key", "by the key's holder"])
+def its_key(request: pytest.FixtureRequest) -> Path | None:
+    """The key of a ledger, if it has one, which the attacker has too."""
+    found = request.getfixturevalue("key") if "holder" in request.param else None
+    return found if found is None else Path(found)
+
+
+@every_attack
+def test_file_and_key_alone_do_not_show_it(
+    path: Path, its_key: Path | None, attack: Attack
 ) -> None:
     """docs/ledger.md says so; were it otherwise, it would have to say that."""
+    ledger = Ledger.create(path, node="clinic-a", key=its_key)
     fill(ledger)
-    head = ledger.head
-    attack(path)
-    report = verify(path)
+    attack(path, its_key)
+    report = verify(path, public_key=ledger.public_key)
     assert report.holds
-    assert report.head != head
-    Ledger.open(path)
+    assert report.head != ledger.head
+    Ledger.open(path, key=its_key)
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_an_anchor_elsewhere_shows_it(path: Path, tmp_path: Path, attack: Attack) -> None:
+@every_attack
+def test_an_anchor_elsewhere_shows_it(
+    path: Path, tmp_path: Path, its_key: Path | None, attack: Attack
+) -> None:
     anchor = tmp_path / "anchor"
-    ledger = Ledger.create(path, node="clinic-a", anchor=anchor)
+    ledger = Ledger.create(path, node="clinic-a", key=its_key, anchor=anchor)
     fill(ledger)
     noted = anchor.read_bytes()
-    attack(path)
+    attack(path, its_key)
     assert anchor.read_bytes() == noted
     assert not verify(path, anchor=anchor).holds
     with pytest.raises(LedgerError, match=r"lost entries|not the one that was anchored|anchors an"):
-        Ledger.open(path, anchor=anchor)
+        Ledger.open(path, key=its_key, anchor=anchor)
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@every_attack
 def test_a_head_that_a_server_kept_shows_it(
-    ledger: Ledger, path: Path, tmp_path: Path, attack: Attack
+    path: Path, tmp_path: Path, its_key: Path | None, attack: Attack
 ) -> None:
+    ledger = Ledger.create(path, node="clinic-a", key=its_key)
     fill(ledger)
     line = {"round": 3, "node": "clinic-a", "ledger": ledger.id, "head": ledger.head}
     (tmp_path / "heads.jsonl").write_text(json.dumps(line) + "\n" + '{"round":', "utf-8")
     heads = read_heads(tmp_path / "heads.jsonl")
     assert verify(path, heads=heads).holds
-    attack(path)
+    attack(path, its_key)
     report = verify(path, heads=heads)
     assert not report.holds
     assert "heads.jsonl" in report.problems[0]
@@ -269,7 +280,7 @@ def test_a_file_of_heads_that_cannot_be_read_is_told(tmp_path: Path, line: str) 
 
 def test_without_the_key_a_change_shows_however_the_chain_was_mended(path: Path, key: Path) -> None:
     fill(Ledger.create(path, node="clinic-a", key=key))
-    changed(path)
+    changed(path, None)
     assert "line 6: its signature is not that of the ledger's key" in refused(path)
 
 
@@ -446,7 +457,7 @@ def test_an_anchor_that_was_made_without_the_key_is_refused(
 ) -> None:
     """An older copy of the ledger cannot be given an anchor of its own."""
     fill(Ledger.create(path, node="clinic-a", key=key, anchor=anchor))
-    older(path)
+    older(path, None)
     tree = json.loads(anchor.read_bytes())
     last = trees_of(path)[-1]
     anchor.write_text(json.dumps(tree | {"number": last["number"], "hash": last["hash"]}), "utf-8")

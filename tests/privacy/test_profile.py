@@ -17,6 +17,7 @@ from fedfuse.privacy import accounting
 from fedfuse.privacy.profile import (
     LEAST_DELTA,
     Profile,
+    _dominates,
     advantage,
     gdp_mu,
     profile,
@@ -94,6 +95,22 @@ def test_mu_is_the_least_whose_curve_is_nowhere_below(history: list[Mechanism]) 
     deltas = accounting.curve(history, list(epsilons), grid=GRID)
     assert all(gaussian_delta(e, mu) >= d - 1e-15 for e, d in zip(epsilons, deltas, strict=True))
     assert any(gaussian_delta(e, 0.995 * mu) < d for e, d in zip(epsilons, deltas, strict=True))
+
+
+def test_mu_is_right_between_the_points_of_the_curve_too() -> None:
+    """Two points of the curve of mu = 1 allow for their chord, which is above it in between."""
+    ends = Profile((0.5, 1.0), (gaussian_delta(0.5, 1.0), gaussian_delta(1.0, 1.0)))
+    assert _dominates(1.1, ends)
+    assert not _dominates(1.0 + 1e-9, ends)
+    least = next(mu for mu in np.arange(1, 1.1, 1e-4) if _dominates(mu, ends))
+    a = np.exp(np.linspace(0.5, 1.0, 10_001))
+    chord = np.interp(a, a[[0, -1]], ends.deltas)
+
+    def over(mu: float) -> float:
+        return min(gaussian_delta(math.log(x), mu) - y for x, y in zip(a, chord, strict=True))
+
+    assert over(least) >= -1e-9
+    assert over(least - 2e-4) < 0
 
 
 @pytest.mark.parametrize(("q", "sigma", "steps"), [(0.01, 0.7, 50), (0.25, 1.7, 40)])

@@ -139,6 +139,30 @@ def test_a_narrow_window_widens_the_bounds_and_does_not_break_them() -> None:
         assert gaussian_delta(low, mu) >= delta >= gaussian_delta(high, mu)
 
 
+def test_a_short_grid_widens_the_bounds_and_does_not_break_them() -> None:
+    """A step's loss beyond the grid is counted as a break of privacy."""
+    counts: Counts = [(1.0, 6.0, 60)]
+    mu, delta = math.sqrt(60) / 6, 1e-5
+    plan = second._plan(counts, 1, delta=delta)
+    for tail in (1e-9, 1e-8, 3e-8):
+        low, high = second._compose(counts, 1, replace(plan, tail=tail)).epsilons(delta)
+        assert gaussian_delta(low, mu) >= delta >= gaussian_delta(high, mu)
+
+
+def test_both_directions_are_asked_and_the_larger_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def epsilons(self: second._Composed, delta: float) -> tuple[float, float]:
+        asked[len(asked)] = self
+        return (2.0, 2.0001) if len(asked) == 2 else (1.0, 1.0001)
+
+    monkeypatch.setattr(second._Composed, "epsilons", epsilons)
+    low, high = second.bounds([(0.3, 1.0, 5)], 1e-5)
+    assert len(asked) == 2
+    assert asked[0].losses[-1] > asked[1].losses[-1]  # what is added shows less
+    assert (low, high) == pytest.approx((2.0, 2.0001), rel=1e-5)
+
+
 @given(
     counts=st.lists(
         st.tuples(st.floats(1e-3, 1.0), st.floats(0.4, 10.0), st.integers(1, 500)),

@@ -235,7 +235,7 @@ def _round_scale(most: float) -> Scale:
     most = most if math.isfinite(most) and most > 0 else 1.0
     unit = 10.0 ** math.floor(math.log10(most / 4))
     step = next(step for step in (unit, 2 * unit, 5 * unit, 10 * unit) if most / step <= 5)
-    count = math.floor(most / step + 1e-9)
+    count = math.floor(most * 1.06 / step)
     return Scale(0, most * 1.06, tuple((n * step, f"{n * step:g}") for n in range(count + 1)))
 
 

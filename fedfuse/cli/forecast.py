@@ -129,7 +129,7 @@ def _steps(terms: Terms) -> str:
 def _adversary(terms: Terms) -> str:
     """Who may look on, and how much of it."""
     if terms.noise_shared > 1:
-        return f"whoever sees sums of {terms.noise_shared} updates or more, and no single one"
+        return "whoever sees nothing but sums of updates"
     return "whoever sees all updates of that node, as the server does"
 
 

@@ -17,18 +17,18 @@ from fedfuse.privacy.spec import Unit
 __all__ = ["Asked", "Given", "asked"]
 
 RANGES: dict[str, tuple[float, float]] = {
-    "epsilon": (1e-3, 1e3),
+    "epsilon": (1e-3, 1000),
     # dp-accounting cuts off tails of 1e-15: with much less its epsilon is infinite.
     "delta": (1e-12, 0.1),
     "rounds": (1, 1_000_000),
     "sample_rate": (1e-9, 1),
-    "sigma": (1e-2, 1e6),
+    "sigma": (1e-2, 1_000_000),
     "records": (1, 10**12),
     "batch": (1e-9, 10**12),
     "local_steps": (1, 1_000_000),
     "nodes": (1, 1_000_000),
     "parameters": (1, 10**13),
-    "clip": (1e-9, 1e9),
+    "clip": (1e-9, 10**9),
 }
 
 
@@ -64,7 +64,7 @@ class Asked:
     parameters_assumed: bool
     scenario: Path | None
     base: RunConfig
-    """The scenario's configuration, or the default one."""
+    """The scenario's configuration as it is written, or the default one."""
 
 
 def asked(given: Given) -> Asked:
@@ -75,6 +75,7 @@ def asked(given: Given) -> Asked:
     """
     for name in RANGES:
         _check_range(name, getattr(given, name))
+    written = configuration(Flags(scenario=given.scenario))
     base = configuration(Flags(scenario=given.scenario, unit=given.unit)).with_defaults()
     unit = Unit(base.privacy.unit)
     if unit is Unit.NONE:
@@ -113,7 +114,7 @@ def asked(given: Given) -> Asked:
         sources=sources,
         parameters_assumed=given.parameters is None,
         scenario=given.scenario,
-        base=base,
+        base=written,
     )
 
 
@@ -121,7 +122,7 @@ def _check_range(name: str, value: float | None, where: str = "") -> None:
     low, high = RANGES[name]
     if value is not None and not low <= value <= high:  # also where it is NaN
         raise UsageError(
-            f"{_flag(name)} {value:g}, but it must be from {low:g} to {high:g}",
+            f"{_flag(name)} {value:g}, but it must be from {_words(low)} to {_words(high)}",
             where=where,
             hint="see fedfuse plan --help",
         )
@@ -207,9 +208,9 @@ def _open(given: Given, sources: Mapping[str, str]) -> str:
             )
         missing = [given.solve, *missing]
     if len(missing) > 1:
-        flags = " and ".join(map(_flag, missing))
+        flags = ", ".join(map(_flag, missing))
         raise UsageError(
-            f"{flags} are all open, but only one can be found",
+            f"{flags} are open, but only one can be found",
             hint="give all of --epsilon, --rounds and --sigma but one",
         )
     if missing:
@@ -236,6 +237,10 @@ def _noise_shared(unit: Unit, base: RunConfig, nodes: int) -> int:
 def _short(name: str) -> str:
     """One of OPEN as --solve takes it."""
     return "rate" if name == "sample_rate" else name
+
+
+def _words(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _flag(name: str) -> str:

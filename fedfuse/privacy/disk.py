@@ -25,8 +25,8 @@ def create(path: Path, data: bytes) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """Puts `data` in the place of a file's content, or of no file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of one who was killed
     try:
         _write(temporary, data)
         temporary.replace(path)
@@ -43,7 +43,8 @@ def append(handle: int, end: int, data: bytes) -> None:
             written += os.pwrite(handle, data[written:], end + written)
         os.fsync(handle)
     except BaseException:
-        # Where even this fails, a line without an end stays: the next writer cuts it off.
+        # Where even this fails, what stays has no end, and is cut off by the next writer; or it is
+        # whole, and counts.
         with suppress(OSError):
             os.ftruncate(handle, end)
             os.fsync(handle)

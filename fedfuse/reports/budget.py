@@ -242,24 +242,25 @@ def _contradictions(
 ) -> list[str]:
     """Figures in summary.json that the books do not bear out."""
     said: list[tuple[str, Any, float | None]] = []
-    for key, one in zip(("epsilon_server", "epsilon_model"), statements, strict=True):
-        said.append((key, claims.get(key), one.epsilon))
+    found = [one.epsilon for one in statements] or [0.0, 0.0]
+    for key, epsilon in zip(("epsilon_server", "epsilon_model"), found, strict=True):
+        said.append((key, claims.get(key), epsilon))
     by_node = claims.get("epsilon_by_node")
     nodes = {a.name: a.figures.epsilon for a in accounts if a.role == "node"}
     for name, value in (by_node if isinstance(by_node, dict) else {}).items():
         said.append((f"epsilon_by_node of {name!r}", value, nodes.get(name, 0.0)))
     return [
         f"summary.json says {key} = {value}, the books give "
-        f"{'no guarantee' if found is None else shown(found)}"
-        for key, value, found in said
-        if value is not None and not _agree(value, found)
+        f"{'no guarantee' if known is None else shown(known)}"
+        for key, value, known in said
+        if value is not None and not _agree(value, known)
     ]
 
 
 def _agree(claim: Any, found: float | None) -> bool:
     if found is None or isinstance(claim, bool) or not isinstance(claim, int | float):
         return False
-    return abs(claim - found) <= 1e-3 * max(found, 1e-3)
+    return abs(claim - found) <= 1e-4 * max(found, 1e-3)
 
 
 def _named(name: str, path: Path) -> str:

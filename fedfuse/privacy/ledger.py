@@ -19,7 +19,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedfuse.errors import LedgerError
 from fedfuse.privacy import disk
@@ -38,7 +38,11 @@ Allow = Callable[[tuple[Mechanism, ...]], None]
 
 
 class Ledger:
-    """The ledger in one file. Threads may share it, and any number may have the file open."""
+    """The ledger in one file. Threads may share it, and any number may have the file open.
+
+    It may be kept for days, and used in a child after a fork as well. It is not pickled: a process
+    that is started anew opens it by its path.
+    """
 
     def __init__(self, path: Path, key: SigningKey | None, anchor: Path | None) -> None:
         """Use `create` or `open`."""
@@ -47,8 +51,9 @@ class Ledger:
         """What was wrong with the file and could be got round."""
         self._key, self._anchor = key, anchor
         self._journal = Journal(path)
-        self._trusted = 0  # how many lines a checked signature covers
         self._chain, self._tally = Chain(str(path)), Tally(str(path))
+        self._trusted = 0  # how many lines a checked signature covers
+        self._whole = True  # chain and tally have taken all lines that the journal has read
 
     @classmethod
     def create(
@@ -137,6 +142,15 @@ class Ledger:
         """What was spent, for each data set and unit."""
         with self._locked():
             return self._tally.accounts()
+
+    def committed(self, request: str) -> bool | None:
+        """Whether what was spent on `request` was committed. None: nothing was spent on it.
+
+        False also of work that another ledger says was done: whether it was committed there is not
+        known here.
+        """
+        with self._locked():
+            return self._tally.requests.get(request)
 
     def entries(self) -> Iterator[Entry]:
         """All lines that are there now, checked once more."""
@@ -245,6 +259,11 @@ class Ledger:
             _write_anchor(Anchor.of(self._chain, self._key), path)
             self._anchor = path
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Ledger cannot be pickled or copied: open it by its path where it is used"
+        )
+
     @property
     def _opening(self) -> Opening:
         assert self._chain.opening is not None  # a ledger without a first line is never opened
@@ -261,11 +280,17 @@ class Ledger:
 
     def _catch_up(self) -> list[Entry]:
         """The entries appended since the last time, here or by others."""
-        entries = []
+        if not self._whole:  # it was broken off in between, or a fork came
+            chain, tally = Chain(str(self.path)), Tally(str(self.path))
+            for line in self._journal.known():
+                tally.take(chain.take(line))
+            self._chain, self._tally = chain, tally
+        self._whole, entries = False, []
         for line in self._journal.fresh():
             entry = self._chain.take(line)
             self._tally.take(entry)
             entries.append(entry)
+        self._whole = True
         if not self._chain.count:
             raise LedgerError(
                 "it holds not even a first line",

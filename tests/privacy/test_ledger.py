@@ -149,6 +149,25 @@ def test_a_commit_changes_nothing_in_what_was_spent(ledger: Ledger) -> None:
     assert ledger.accounts()[0].open == 0
 
 
+def test_what_became_of_a_request_can_be_asked(ledger: Ledger, path: Path, tmp_path: Path) -> None:
+    """Also of another handle's, and of what is only imported."""
+    other = Ledger.open(path)
+    assert ledger.committed("r1") is None
+    with pytest.raises(BudgetExceeded):
+        spend(ledger, "r1", allow=up_to(1, 4))
+    assert ledger.committed("r1") is None
+    entry = spend(ledger, "r1")
+    assert (ledger.committed("r1"), other.committed("r1")) == (False, False)
+    ledger.commit(entry)
+    assert (ledger.committed("r1"), other.committed("r1")) == (True, True)
+    assert Ledger.open(path).committed("r1") is True
+    elsewhere = Ledger.create(tmp_path / "other", node="b")
+    for request in ("r1", "r2"):
+        elsewhere.commit(spend(elsewhere, request, what=mechanism(9)))
+    ledger.adopt(imported(exported(elsewhere.path), name="export"))
+    assert (ledger.committed("r1"), ledger.committed("r2")) == (True, False)
+
+
 def test_accounts_tell_units_runs_servers_and_rounds_apart(ledger: Ledger) -> None:
     spend(ledger, "r1", run="one", server="aa", round=1)
     spend(ledger, "r2", run="one", server="aa", round=2)

@@ -94,7 +94,7 @@ class Journal:
         """Puts lines, given without their ends, on the disk: all, or none where that fails.
 
         Under the exclusive lock, with all before them read. What a crash left of a line is cut
-        off first. They are fresh afterwards.
+        off first. They are fresh afterwards. In a file that was replaced meanwhile nothing counts.
         """
         try:
             handle, (end, _) = self._handle(), self._read
@@ -107,19 +107,26 @@ class Journal:
                 where=str(self.path),
                 hint="free some space, or mend the disk",
             ) from None
+        with self._telling():
+            self._identify(handle)
 
     def _check(self, file: FileIO) -> None:
         """Raises LedgerError unless this is the file that was read, and has only grown."""
-        found, named = os.fstat(file.fileno()), self.path.stat()
+        size = self._identify(file.fileno())
+        end, last = self._read
+        if size < end:
+            raise self._another("it lost entries while in use")
+        if os.pread(file.fileno(), len(last), end - len(last)) != last:
+            raise self._another("it was changed while in use")
+
+    def _identify(self, handle: int) -> int:
+        """The file's size. Raises LedgerError unless it is the one that was read, by its name."""
+        found, named = os.fstat(handle), self.path.stat()
         identity = (found.st_dev, found.st_ino)
         if identity != (named.st_dev, named.st_ino) or self._file not in (None, identity):
             raise self._another("it was replaced by another file while in use")
         self._file = identity
-        end, last = self._read
-        if found.st_size < end:
-            raise self._another("it lost entries while in use")
-        if os.pread(file.fileno(), len(last), end - len(last)) != last:
-            raise self._another("it was changed while in use")
+        return found.st_size
 
     def _handle(self) -> int:
         """Of the locked file."""

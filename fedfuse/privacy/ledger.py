@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from fedfuse.errors import LedgerError
 from fedfuse.privacy import disk
-from fedfuse.privacy.anchor import Anchor
+from fedfuse.privacy.anchor import Anchor, read_anchor
 from fedfuse.privacy.chain import Chain, Entry, Kind, Opening
 from fedfuse.privacy.journal import Journal
 from fedfuse.privacy.signing import SigningKey
@@ -53,6 +53,7 @@ class Ledger:
         self._journal = Journal(path)
         self._chain, self._tally = Chain(str(path)), Tally(str(path))
         self._trusted = 0  # how many lines a checked signature covers
+        self._noted: bytes | None = None  # the anchor last found to be right: the chain only grows
         self._whole = True  # chain and tally have taken all lines that the journal has read
 
     @classmethod
@@ -278,18 +279,19 @@ class Ledger:
                 self._check_trust(writing)
             yield
 
-    def _catch_up(self) -> list[Entry]:
-        """The entries appended since the last time, here or by others."""
+    def _catch_up(self, entries: list[Entry] | None = None) -> None:
+        """Takes what was appended since the last time, here or by others, into `entries` too."""
         if not self._whole:  # it was broken off in between, or a fork came
             chain, tally = Chain(str(self.path)), Tally(str(self.path))
             for line in self._journal.known():
                 tally.take(chain.take(line))
             self._chain, self._tally = chain, tally
-        self._whole, entries = False, []
+        self._whole = False
         for line in self._journal.fresh():
             entry = self._chain.take(line)
             self._tally.take(entry)
-            entries.append(entry)
+            if entries is not None:
+                entries.append(entry)
         self._whole = True
         if not self._chain.count:
             raise LedgerError(
@@ -301,7 +303,6 @@ class Ledger:
         if rest:
             self._chain.check_unfinished(rest)
             self.problems = [f"an unfinished last line of {len(rest)} bytes is left out"]
-        return entries
 
     def _check_trust(self, writing: bool) -> None:
         """Raises LedgerError unless signature, key and anchor are those of the lines read."""
@@ -319,17 +320,23 @@ class Ledger:
                 hint="open it with the key that it was made with",
             )
         if self._anchor is not None:
-            Anchor.read(self._anchor).check(self._chain, self._anchor)
+            data = read_anchor(self._anchor)
+            if data != self._noted:
+                Anchor.parsed(data, self._anchor).check(self._chain, self._anchor)
+                self._noted = data
 
     def _append(self, lines: Sequence[bytes]) -> list[Entry]:
         """The entries in `lines`, which are on the disk, and anchored."""
         if not lines:
             return []
         self._journal.append(lines)
-        entries = self._catch_up()
+        entries: list[Entry] = []
+        self._catch_up(entries)
         self._trusted = self._chain.count  # signed here
         if self._anchor is not None:
-            _write_anchor(Anchor.of(self._chain, self._key), self._anchor)
+            anchor = Anchor.of(self._chain, self._key)
+            _write_anchor(anchor, self._anchor)
+            self._noted = anchor.data
         return entries
 
 

@@ -555,6 +555,43 @@ def test_a_file_put_in_its_place_is_refused(ledger: Ledger, path: Path, tmp_path
             ask()
 
 
+@pytest.mark.parametrize("swap", ["another file", "nothing"])
+def test_an_entry_in_a_file_that_was_taken_away_meanwhile_is_not_acknowledged(
+    ledger: Ledger, path: Path, tmp_path: Path, swap: str
+) -> None:
+    """It would be spent nowhere but in a file without a name."""
+    copy = tmp_path / "copy"
+
+    def allow(history: tuple[Mechanism, ...]) -> None:
+        if swap == "nothing":
+            path.rename(copy)
+        else:
+            shutil.copy(path, copy)
+            copy.replace(path)
+
+    with pytest.raises(LedgerError, match=r"was replaced by another|there is no ledger"):
+        spend(ledger, "r1", allow=allow)
+
+
+def test_a_link_that_was_turned_elsewhere_is_refused(
+    ledger: Ledger, path: Path, tmp_path: Path
+) -> None:
+    """A link is the file that it leads to, as long as it leads there."""
+    shutil.copy(path, tmp_path / "copy")
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    book = Ledger.open(link)
+    spend(book, "r1")
+    assert ledger.history("scans") == (mechanism(4),)
+    link.unlink()
+    link.symlink_to(tmp_path / "copy")
+    for ask in (lambda: spend(book, "r2"), lambda: book.history("scans"), book.entries().__next__):
+        with pytest.raises(LedgerError, match="replaced by another file while in use"):
+            ask()
+    assert spent(path) == 4
+    assert spent(tmp_path / "copy") == 0
+
+
 def test_an_older_copy_written_over_it_is_refused(ledger: Ledger, path: Path) -> None:
     old = path.read_bytes()
     spend(ledger, "r1")

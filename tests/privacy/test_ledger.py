@@ -405,6 +405,7 @@ def test_an_unfinished_last_line_is_cut_off_and_said_so(
         if length % 97 == 1 or length == len(line) - 1:
             spend(again, "next")
             assert path.read_bytes().startswith(whole + b"{")
+            assert path.read_bytes().endswith(b"\n")
             assert Ledger.open(path).history("scans") == (mechanism(12),)
             assert verify(path).holds
 

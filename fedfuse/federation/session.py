@@ -19,9 +19,10 @@ from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Observer, RoundRecord
 from fedfuse.federation.released import describe
 from fedfuse.federation.rounds import Outcome, federate
-from fedfuse.federation.strategy import Mean, build_strategy
+from fedfuse.federation.gathering import Mean
+from fedfuse.federation.strategy import build_strategy
 from fedfuse.federation.wire import TrainRequest, Weights, event_of
-from fedfuse.privacy.central import noisy_mean
+from fedfuse.privacy.central import NoisyMean
 from fedfuse.privacy.noise import NoiseStream, round_secret
 from fedfuse.privacy.spec import Event, Mechanism, Unit
 from fedfuse.privacy.views import by_node
@@ -190,9 +191,8 @@ class Session:
         if mechanism is None or mechanism.unit is not Unit.NODE:
             return None
         by_server = privacy.noise_by == "server"
-        return lambda updates: noisy_mean(
+        return NoisyMean(
             weights,
-            updates,
             self._trainer.trainable,
             asked=asked,
             clip_norm=mechanism.clip_norm,

@@ -250,6 +250,13 @@ class TrainReply:
 
         `counts`: a weight may be a number of records; otherwise it must be 1.
         """
+        return cls.read(record, request=request, template=template, counts=counts)[0]
+
+    @classmethod
+    def read(
+        cls, record: RecordDict, *, request: TrainRequest, template: Template, counts: bool
+    ) -> tuple[TrainReply, Weights | None]:
+        """`from_record`, and the reply's weights decoded: None where it carries none."""
         ok = len(record.array_records) > 0
         arrays, config = _parts(record, needs_arrays=ok)
         _check_versions(config)
@@ -265,9 +272,7 @@ class TrainReply:
         )
         _no_more(config)
         reply._check(request)
-        if reply.arrays is not None:
-            decode(reply.arrays, template)
-        return reply
+        return reply, None if reply.arrays is None else decode(reply.arrays, template)
 
     def _check(self, request: TrainRequest) -> None:
         if not (0 < len(self.node) <= 200 and self.node.isprintable()):

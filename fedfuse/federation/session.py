@@ -15,11 +15,11 @@ from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
 from fedfuse.evaluate import evaluate
 from fedfuse.federation import spending
+from fedfuse.federation.gathering import Mean
 from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Observer, RoundRecord
 from fedfuse.federation.released import describe
 from fedfuse.federation.rounds import Outcome, federate
-from fedfuse.federation.gathering import Mean
 from fedfuse.federation.strategy import build_strategy
 from fedfuse.federation.wire import TrainRequest, Weights, event_of
 from fedfuse.privacy.central import NoisyMean

@@ -59,6 +59,8 @@ __all__ = [
 PROTOCOL = 1
 ARRAYS, CONFIG, METRICS, WEIGHT = "arrays", "config", "metrics", "weight"
 STATUSES = ("ok", "refused", "failed")
+_MOST_HEADER = 4096
+"""NumPy's headers of such arrays take 128 bytes; one that does not end here is refused."""
 # Flower's strategies write these into the configuration of a request.
 _FLOWER_KEYS = frozenset({"server-round", "proximal-mu"})
 
@@ -97,7 +99,7 @@ def decode(arrays: ArrayRecord, template: Template) -> Weights:
 def _decode_one(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
     """Reads NumPy's header before anything is allocated: a header may claim any size."""
     kind = np.dtype(dtype)
-    stream = io.BytesIO(array.data)
+    stream = io.BytesIO(array.data[:_MOST_HEADER])
     try:
         version = np.lib.format.read_magic(stream)
         read = {

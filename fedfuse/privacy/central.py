@@ -68,7 +68,7 @@ class NoisyMean:
         noise_multiplier: float,
         stream: NoiseStream,
     ) -> None:
-        """noise_multiplier  0: the nodes have clipped and noised already, nothing is clipped here"""
+        """noise_multiplier  0: the nodes clipped and noised already, so nothing is clipped here"""
         self._start = start
         self._names = sorted(trained)
         self._asked = asked

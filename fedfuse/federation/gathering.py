@@ -169,6 +169,7 @@ class Gathering:
         for sender in self.asked.keys() - self._seen:
             self.failures[self.asked[sender]] = "no answer within the time limit"
         self.failures = dict(sorted(self.failures.items()))
+        self.replies = dict(sorted(self.replies.items()))
 
     def _sort_in(self, sender: int, reply: TrainReply, weights: Weights | None) -> None:
         name = self._known.get(sender)

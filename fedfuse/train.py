@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -131,7 +132,15 @@ class Trainer:
         """A copy of the model's weights, by name."""
         return {name: tensor.cpu().numpy().copy() for name, tensor in self._state.items()}
 
-    @property
+    @cached_property
+    def template(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """By name: the shape and the type ("float32") of each weight."""
+        return {
+            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._state.items()
+        }
+
+    @cached_property
     def trainable(self) -> frozenset[str]:
         """The names of the weights that training changes."""
         return frozenset(n for n, p in self.model.named_parameters() if p.requires_grad)

@@ -38,7 +38,6 @@ from fedfuse.federation.wire import (
     decode,
     encode,
     event_of,
-    template_of,
 )
 from fedfuse.models.model import build_model, count_parameters
 from fedfuse.privacy.noise import round_secret
@@ -86,7 +85,7 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
             _check_units(dataset)
         _check_size(request, site.config, dataset.schema)
         trainer = trainer_for(site.config, dataset.schema, worker=site.worker)
-        weights = decode(request.arrays, template_of(trainer.weights()))
+        weights = decode(request.arrays, trainer.template)
         commit = None
         if mechanism is not None:
             reserved = event_of(mechanism, node=name, round=round, status="reserved")
@@ -153,7 +152,7 @@ def new_trainer(config: RunConfig, schema: Schema, *, worker: int = 0) -> Traine
     return Trainer(model, Task.of(schema.target).loss, device)
 
 
-@lru_cache(maxsize=16)  # each holds some file descriptors
+@lru_cache(maxsize=16)
 def _open(store: str, index: int) -> tuple[str, Dataset]:
     """A node's name and its data set; no record is read before `Dataset.batch`."""
     return open_node(Path(store), index)

@@ -39,6 +39,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -72,6 +73,7 @@ __all__ = [
 PROTOCOL = 2
 ARRAYS, CONFIG, METRICS, WEIGHT = "arrays", "config", "metrics", "weight"
 STATUSES = ("ok", "refused", "failed")
+_FORMAT = "numpy.ndarray"
 _MOST_HEADER = 4096
 """NumPy's headers of such arrays take 128 bytes; one that does not end here is refused."""
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -92,6 +94,7 @@ def template_of(weights: Mapping[str, NDArray[np.generic]]) -> Template:
     return {name: (value.shape, str(value.dtype)) for name, value in weights.items()}
 
 
+@lru_cache(maxsize=8)
 def config_digest(config: RunConfig) -> str:
     """sha256 of what server and nodes must agree on: all but secrets and where things run."""
     tree = config.to_dict()
@@ -102,7 +105,27 @@ def config_digest(config: RunConfig) -> str:
 
 def encode(weights: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
     """`weights` as Flower carries them (NumPy's own format, which has no bfloat16), by name."""
-    return ArrayRecord({name: Array(np.asarray(weights[name])) for name in sorted(weights)})
+    record = ArrayRecord()
+    for name in sorted(weights):
+        value = np.asarray(weights[name])
+        kind, shape = str(value.dtype), value.shape
+        record[name] = Array(kind, shape, _FORMAT, _header(shape, kind) + value.tobytes())
+    return record
+
+
+@lru_cache(maxsize=4096)
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """What NumPy's format has before the numbers of an array in C order."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream,
+        {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": shape,
+        },
+    )
+    return stream.getvalue()
 
 
 def decode(arrays: ArrayRecord, template: Template) -> Weights:
@@ -116,6 +139,26 @@ def decode(arrays: ArrayRecord, template: Template) -> Weights:
 def _decode_one(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
     """Reads NumPy's header before anything is allocated: a header may claim any size."""
     kind = np.dtype(dtype)
+    header = _header(shape, dtype)
+    if array.data[: len(header)] == header:  # as nearly always; nothing of it is left to read
+        found, fortran, found_kind, start = shape, False, kind, len(header)
+    else:
+        found, fortran, found_kind, start = _read_header(name, array)
+    if tuple(found) != shape or tuple(array.shape) != shape:
+        raise WireError(f"weight {name!r} has shape {tuple(found)}, but the model's is {shape}")
+    if found_kind != kind or array.dtype != dtype:
+        raise WireError(f"weight {name!r} has type {found_kind}, but the model's is {dtype}")
+    body = memoryview(array.data)[start:]
+    if len(body) != math.prod(shape) * kind.itemsize:
+        raise WireError(f"weight {name!r} is cut short or too long")
+    value = np.frombuffer(body, dtype=kind).reshape(shape, order="F" if fortran else "C")
+    if kind.kind == "f" and not np.isfinite(value).all():
+        raise WireError(f"weight {name!r} holds values that are not finite")
+    return value.copy()
+
+
+def _read_header(name: str, array: Array) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, order, type and length of a header that is not written as we write it."""
     stream = io.BytesIO(array.data[:_MOST_HEADER])
     try:
         version = np.lib.format.read_magic(stream)
@@ -123,20 +166,9 @@ def _decode_one(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> 
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        found, fortran, found_kind = read(stream)
+        return (*read(stream), stream.tell())
     except (ValueError, KeyError, EOFError):
         raise WireError(f"weight {name!r} is not in NumPy's format") from None
-    if tuple(found) != shape or tuple(array.shape) != shape:
-        raise WireError(f"weight {name!r} has shape {tuple(found)}, but the model's is {shape}")
-    if found_kind != kind or array.dtype != dtype:
-        raise WireError(f"weight {name!r} has type {found_kind}, but the model's is {dtype}")
-    body = memoryview(array.data)[stream.tell() :]
-    if len(body) != math.prod(shape) * kind.itemsize:
-        raise WireError(f"weight {name!r} is cut short or too long")
-    value = np.frombuffer(body, dtype=kind).reshape(shape, order="F" if fortran else "C")
-    if kind.kind == "f" and not np.isfinite(value).all():
-        raise WireError(f"weight {name!r} holds values that are not finite")
-    return value.copy()
 
 
 def record_bytes(record: RecordDict) -> int:

@@ -111,7 +111,12 @@ class Trainer:
         self.device = device
         self._hooked: RecordGradients | None = None
         # By name in the model itself, so that the hooks' wrapper doesn't show on the wire.
-        self._state = self.model.state_dict(keep_vars=False)
+        frozen = {n for n, p in self.model.named_parameters() if not p.requires_grad}
+        self._state = {
+            name: tensor
+            for name, tensor in self.model.state_dict(keep_vars=False).items()
+            if name not in frozen
+        }
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def load(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
@@ -129,7 +134,7 @@ class Trainer:
                 tensor.copy_(value)
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
-        """A copy of the model's weights, by name."""
+        """A copy of the model's weights, by name: trained ones and buffers, no frozen ones."""
         return {name: tensor.cpu().numpy().copy() for name, tensor in self._state.items()}
 
     @cached_property

@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from fedfuse.errors import WireError
-from fedfuse.federation.wire import Template, TrainReply, TrainRequest, Weights
+from fedfuse.federation.compression import expand
+from fedfuse.federation.wire import Template, TrainReply, TrainRequest, Weights, decode
 from fedfuse.privacy.summation import RunningSum
 
 __all__ = ["ByMean", "Everything", "Fold", "Gathering", "Mean", "RunningMean", "in_type"]
@@ -132,6 +133,7 @@ class Gathering:
         self._known = {node: known[node] for node in asked if node in known}
         self._taken = set(self._known.values())
         self._template = template
+        self._start: Weights | None = None
         self._counts = counts
         self._seen: set[int] = set()
         self._held: dict[int, tuple[TrainReply, Weights]] = {}
@@ -147,7 +149,7 @@ class Gathering:
             return
         try:
             reply, weights = TrainReply.read(
-                message.content, request=self.request, template=self._template, counts=self._counts
+                message.content, request=self.request, counts=self._counts, decoder=self._decode
             )
         except WireError as error:
             self.failures[self.asked[sender]] = f"WireError: {error.what}"
@@ -170,6 +172,21 @@ class Gathering:
             self.failures[self.asked[sender]] = "no answer within the time limit"
         self.failures = dict(sorted(self.failures.items()))
         self.replies = dict(sorted(self.replies.items()))
+
+    def _decode(self, arrays: ArrayRecord) -> Weights:
+        """A reply's weights, in the form that was asked for."""
+        request = self.request
+        if request.compression == "none":
+            return decode(arrays, self._template)
+        if self._start is None:
+            self._start = decode(request.arrays, self._template)
+        return expand(
+            arrays,
+            self._start,
+            self._template,
+            form=request.compression,
+            keep=request.compression_keep,
+        )
 
     def _sort_in(self, sender: int, reply: TrainReply, weights: Weights | None) -> None:
         name = self._known.get(sender)

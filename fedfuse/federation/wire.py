@@ -1,6 +1,7 @@
 """What goes between server and node, and nothing else.
 
     to the node     protocol, version          so that both run the same rules
+                    compression                what form the answer must have
                     round, rounds, deadline    so that the node can refuse late work, and count
                                                the whole run against its budget
                     digest                     sha256 of the public configuration: both mean the
@@ -37,7 +38,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -47,7 +48,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedfuse import __version__
-from fedfuse.config import OPTIMIZERS, RunConfig
+from fedfuse.config import COMPRESSIONS, OPTIMIZERS, RunConfig
 from fedfuse.errors import PrivacyError, WireError
 from fedfuse.privacy import signing
 from fedfuse.privacy.signing import SigningKey
@@ -199,6 +200,10 @@ class TrainRequest:
     """How many weights it trains."""
     job: Job
     arrays: ArrayRecord
+    compression: str = "none"
+    """What the answer must travel as: one of COMPRESSIONS."""
+    compression_keep: float = 1.0
+    """The share that "topk" keeps."""
     server: str = ""
     """The server's public key, 64 hexadecimal digits; empty where it has none."""
     signature: str = ""
@@ -221,6 +226,8 @@ class TrainRequest:
             "task": self.task,
             "modalities": list(self.modalities),
             "parameters": self.parameters,
+            "compression": self.compression,
+            "compression_keep": self.compression_keep,
             "server": self.server,
             "signature": self.signature,
             **_flat("job", self.job, leave="mechanism"),
@@ -273,6 +280,8 @@ class TrainRequest:
             parameters=_take(config, "parameters", int),
             job=job,
             arrays=arrays,
+            compression=_take(config, "compression", str),
+            compression_keep=_take(config, "compression_keep", float),
             server=_take(config, "server", str),
             signature=_take(config, "signature", str),
         )
@@ -296,6 +305,7 @@ class TrainRequest:
             ("rounds", self.rounds, 1, 1_000_000),
             ("round", self.round, 1, self.rounds),
             ("parameters", self.parameters, 1, 10**13),
+            ("compression_keep", self.compression_keep, 1e-6, 1.0),
             ("steps", job.steps, 1, 1_000_000),
             ("learning_rate", job.learning_rate, 0.0, 1e6),
             ("momentum", job.momentum, 0.0, 0.9999),
@@ -310,6 +320,8 @@ class TrainRequest:
                 raise WireError(f"{name} = {value}, but it must be from {low:g} to {high:g}")
         if job.optimizer not in OPTIMIZERS:
             raise WireError(f"optimizer = {job.optimizer[:40]!r} is unknown")
+        if self.compression not in COMPRESSIONS:
+            raise WireError(f"compression = {self.compression[:40]!r} is unknown")
         if job.noise_by not in ("nodes", "server"):
             raise WireError(f"noise_by = {job.noise_by[:40]!r} is unknown")
         if job.mechanism is not None:
@@ -386,13 +398,22 @@ class TrainReply:
 
         `counts`: a weight may be a number of records; otherwise it must be 1.
         """
-        return cls.read(record, request=request, template=template, counts=counts)[0]
+
+        def plain(arrays: ArrayRecord) -> Weights:
+            return decode(arrays, template)
+
+        return cls.read(record, request=request, counts=counts, decoder=plain)[0]
 
     @classmethod
     def read(
-        cls, record: RecordDict, *, request: TrainRequest, template: Template, counts: bool
+        cls,
+        record: RecordDict,
+        *,
+        request: TrainRequest,
+        counts: bool,
+        decoder: Callable[[ArrayRecord], Weights],
     ) -> tuple[TrainReply, Weights | None]:
-        """`from_record`, and the reply's weights decoded: None where it carries none."""
+        """`from_record`, and the reply's weights as `decoder` reads them: None without any."""
         ok = len(record.array_records) > 0
         arrays, config = _parts(record, needs_arrays=ok)
         _check_versions(config)
@@ -411,7 +432,7 @@ class TrainReply:
         )
         _no_more(config)
         reply._check(request)
-        return reply, None if reply.arrays is None else decode(reply.arrays, template)
+        return reply, None if reply.arrays is None else decoder(reply.arrays)
 
     def _check(self, request: TrainRequest) -> None:
         if not (0 < len(self.node) <= 200 and self.node.isprintable()):

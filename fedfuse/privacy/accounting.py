@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -274,9 +275,26 @@ def within(mechanisms: Iterable[Mechanism], epsilon: float, delta: float) -> boo
 
     Answers of the coarse grid are taken when they say yes (it is pessimistic); a no is checked
     on the fine grid. Absurd requests are answered with no at once. Cached: asking in every round
-    costs nothing after the first.
+    costs nothing after the first, nor does asking for less than what was allowed before.
     """
-    return _within(fewer(merged(mechanisms)), epsilon, delta)
+    counts = fewer(merged(mechanisms))
+    steps = {(q, sigma): number for q, sigma, number in counts}
+    allowed = _allowed.setdefault((epsilon, _checked(delta)), deque(maxlen=8))
+    if any(steps.keys() <= more.keys() and _fewer_steps(steps, more) for more in allowed):
+        return True  # each mechanism left out only takes from the cost
+    answer = _within(counts, epsilon, delta)
+    if answer:
+        allowed.append(steps)
+    return answer
+
+
+_Steps = dict[tuple[float, float], int]
+_allowed: dict[tuple[float, float], deque[_Steps]] = {}
+"""By epsilon and delta: the last answers of `within` that were yes."""
+
+
+def _fewer_steps(some: _Steps, more: _Steps) -> bool:
+    return all(number <= more[kind] for kind, number in some.items())
 
 
 def shown(epsilon: float) -> str:

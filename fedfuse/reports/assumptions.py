@@ -18,9 +18,18 @@ from fedfuse.privacy.spec import Event, Unit
 if TYPE_CHECKING:
     from fedfuse.reports.facts import Account
 
-__all__ = ["WITHIN_LIMITS", "Assumption", "Verdict", "of_figures", "of_ledger", "of_run"]
+__all__ = [
+    "UNKNOWN_NOISE",
+    "WITHIN_LIMITS",
+    "Assumption",
+    "Verdict",
+    "of_figures",
+    "of_ledger",
+    "of_run",
+]
 
 
+UNKNOWN_NOISE = "nobody can know or repeat the noise"
 WITHIN_LIMITS = "nobody spent more than allowed"
 _SAID = (
     "the valid and test splits belong",
@@ -180,7 +189,7 @@ def of_figures(accounts: Sequence[Account]) -> tuple[Assumption, ...]:
 def _noise_source(config: RunConfig) -> Assumption:
     seeded = bool(config.privacy.noise_seed)
     return Assumption(
-        text="nobody can know or repeat the noise",
+        text=UNKNOWN_NOISE,
         verdict=Verdict.BROKEN if seeded else Verdict.HELD,
         evidence=(
             "privacy.noise_seed is set: whoever knows the seed can compute the noise and remove it"

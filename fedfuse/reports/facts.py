@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fedfuse.config import RunConfig
 from fedfuse.errors import PrivacyError
 from fedfuse.privacy.spec import Mechanism, Unit
-from fedfuse.reports.assumptions import WITHIN_LIMITS, Assumption, Verdict
+from fedfuse.reports.assumptions import UNKNOWN_NOISE, WITHIN_LIMITS, Assumption, Verdict
 from fedfuse.reports.figures import Detail, Figures, detail, figures, rounds_left
 from fedfuse.reports.statement import NOT_PRIVATE, Role, Statement, printable, sentence
 
@@ -193,9 +193,9 @@ class Facts:
         ]
         if over:
             found.append(f"OVERSPENT: more than allowed was spent by {', '.join(over)}.")
-        broken = [one.text for one in self.broken if one.text != WITHIN_LIMITS]
-        if broken:
-            found.append(f"The figures rest on what did not hold: {'; '.join(broken)}.")
+        told = {WITHIN_LIMITS, UNKNOWN_NOISE}
+        if broken := [one.text for one in self.broken if one.text not in told]:
+            found.append(f"Did not hold, though the figures rest on it: {'; '.join(broken)}.")
         return tuple(found)
 
 

@@ -161,14 +161,14 @@ def accountants(facts: Facts) -> str:
             f'<circle class="{kind}" cx="{place:.1f}" cy="{height:.1f}" r="4"/>'
             for place in sorted({start, end})
         ]
-        value = f"≥ {floor(low)}" if name == "PLD, rounded down" else shown(high)
-        value = f"{floor(low)} to {value}" if low != high else value
-        room = end + 12 + 6.2 * len(value) < RIGHT + 14
+        words = f"≥ {floor(low)}" if name == "PLD, rounded down" else shown(high)
+        words = f"{floor(low)} to {words}" if low != high else words
+        room = end + 12 + 6.2 * len(words) < RIGHT + 14
         parts.append(
             _text(
                 end + 8 if room else start - 8,
                 height + 4,
-                value,
+                words,
                 "start" if room else "end",
                 "label" if kind == "dot" else "tick",
             )
@@ -219,12 +219,13 @@ def _chart(
         for right, up, words in dots:
             across, height = at((right, up))
             yield f'<circle class="dot" cx="{across:.1f}" cy="{height:.1f}" r="4"/>'
-            # Curves that fall have room to the right above them, those that rise below.
+            # Beside a curve that falls there is room to the right above it, or to the left below;
+            # beside one that rises the other way round.
             rises = points[-1][1] > points[0][1]
             room = across + 12 + 6.2 * len(words) < RIGHT
             yield _text(
                 across + (8 if room else -4),
-                height + (16 if rises or not room else -6),
+                height + (16 if rises is room else -8),
                 words,
                 "start" if room else "end",
                 "label",

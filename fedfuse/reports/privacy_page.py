@@ -157,8 +157,8 @@ def _budget(facts: Facts) -> Iterator[str]:
         )
     units = ", ".join(sorted({account.unit for account in facts.accounts}))
     yield (
-        f'<p class="why">ε at δ = {facts.delta:g}, for one {units}, add or remove. All bars have one '
-        "scale"
+        f'<p class="why">ε at δ = {facts.delta:g}, for one {units}, add or remove. All bars '
+        "have one scale"
         + (
             "; the upright mark is what is allowed"
             if any(account.allowed is not None for account in facts.accounts)

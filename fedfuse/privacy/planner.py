@@ -25,12 +25,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR
 from typing import Any
 
 from fedfuse.errors import PrivacyError
 from fedfuse.privacy import accounting
 from fedfuse.privacy.profile import LEAST_DELTA, gdp_mu
+from fedfuse.privacy.search import farthest, rounded
 from fedfuse.privacy.spec import Mechanism, Unit
 
 __all__ = ["LEAST_DELTA", "MOST_DELTA", "OPEN", "Plan", "Terms", "make_plan"]
@@ -182,7 +183,7 @@ def _solve_delta(terms: Terms) -> tuple[float, bool]:
             "next to nothing",
             hint="take a larger epsilon, more noise or fewer rounds",
         )
-    return float(_rounded(found, 3, ROUND_CEILING)), False
+    return float(rounded(found, 3, ROUND_CEILING)), False
 
 
 def _solve_rounds(terms: Terms) -> tuple[int, bool]:
@@ -203,21 +204,15 @@ def _solve_sample_rate(terms: Terms) -> tuple[float, bool]:
     if found >= 1:
         return 1.0, True
 
-    def allowed(rate: Decimal) -> bool:
-        return rate < 1 and _kept(replace(terms, sample_rate=float(rate)))
+    def allowed(rate: float) -> bool:
+        return rate < 1 and _kept(replace(terms, sample_rate=rate))
 
-    return float(_farthest(_rounded(found, 4, ROUND_FLOOR), allowed, way=1)), False
+    return farthest(rounded(found, 4, ROUND_FLOOR), allowed, way=1), False
 
 
 def _solve_sigma(terms: Terms) -> tuple[float, bool]:
     found = accounting.calibrate(terms.epsilon, terms.delta, terms.sample_rate, terms.steps)
-    if found <= accounting.LEAST_SIGMA:
-        return accounting.LEAST_SIGMA, True
-
-    def allowed(sigma: Decimal) -> bool:
-        return _kept(replace(terms, sigma=float(sigma)))
-
-    return float(_farthest(_rounded(found, 4, ROUND_CEILING), allowed, way=-1)), False
+    return found, found <= accounting.LEAST_SIGMA
 
 
 _SOLVERS: dict[str, Callable[[Terms], tuple[float, bool]]] = {
@@ -241,26 +236,6 @@ def _refuse_little_noise(terms: Terms) -> None:
 
 def _kept(terms: Terms) -> bool:
     return accounting.within([terms.mechanism()], terms.epsilon, terms.delta)
-
-
-def _rounded(value: float, digits: int, rounding: str) -> Decimal:
-    """`value` cut to so many digits, to the side that is asked for."""
-    return Context(prec=digits, rounding=rounding).create_decimal(repr(value))
-
-
-def _farthest(start: Decimal, allowed: Callable[[Decimal], bool], *, way: int) -> Decimal:
-    """From `start`, which is allowed, the last allowed number in steps of its fourth digit.
-
-    The search that gave `start` was exact to 0.1 %, which is ten such steps at most, and often one.
-    """
-    unit = Decimal(way).scaleb(start.adjusted() - 3)
-    low, high = 0, 1
-    while allowed(start + high * unit):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if allowed(start + middle * unit) else (low, middle)
-    return start + low * unit
 
 
 def _mu(mechanism: Mechanism, spent: float) -> float | None:

@@ -171,9 +171,10 @@ def _table(plan: Plan) -> Iterator[str]:
     yield _row("by round", note)
     yield f"{'round':>{width}}  {'epsilon':>7}"
     most = max(rows[-1][1], plan.terms.epsilon)
+    printed = figure if plan.spent < 1 else shown  # as many decimals in each line
     for number, epsilon in rows:
         bar = "#" * round(BAR * epsilon / most) if math.isfinite(most) else ""
-        yield f"{number:>{width}}  {figure(epsilon):>7}  {bar}".rstrip()
+        yield f"{number:>{width}}  {printed(epsilon):>7}  {bar}".rstrip()
 
 
 def _warning(caution: Caution) -> Iterator[str]:

@@ -31,7 +31,7 @@ from fedfuse.privacy.spec import Mechanism
 from fedfuse.privacy.tally import Account, Tally
 from fedfuse.privacy.verification import Report, verify
 
-__all__ = ["Account", "Entry", "Kind", "Ledger", "Report", "verify"]
+__all__ = ["Account", "Allow", "Entry", "Kind", "Ledger", "Report", "verify"]
 
 Allow = Callable[[tuple[Mechanism, ...]], None]
 """Gets all that was spent on a data set, and raises where no more may be."""

@@ -28,7 +28,7 @@ def told(result: Result, code: int) -> str:
     assert result.code == code, result
     errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.err
-    assert "unexpected" not in result.err
+    assert "error: unexpected" not in result.err
     return errors[0]
 
 

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import fingerprint_of
-from fedfuse.errors import ConfigError
+from fedfuse.errors import ConfigError, FedfuseError
 from fedfuse.federation.books import Books, LedgerBooks, StateBooks
 from fedfuse.federation.node import Site, answer
 from fedfuse.federation.nodefile import NodeFile
@@ -57,11 +57,33 @@ def make_client_app(
             reply = answer(message.content, site, books)
         except Exception as error:
             reply = TrainReply(
-                node=f"id-{context.node_id}", round=0, status="failed", problem=scrubbed(error)
+                node=f"id-{context.node_id}",
+                round=0,
+                status="refused" if isinstance(error, FedfuseError) else "failed",
+                problem=scrubbed(error),
             )
         return Message(reply.to_record(), reply_to=message)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _no_figures(message, context)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return _no_figures(message, context)
+
     return app
+
+
+def _no_figures(message: Message, context: Context) -> Message:
+    """A loss, a metric, a count: each would be a release of its own."""
+    reply = TrainReply(
+        node=f"id-{context.node_id}",
+        round=0,
+        status="refused",
+        problem="PrivacyError: a node gives no metrics and answers no queries about its records",
+    )
+    return Message(reply.to_record(), reply_to=message)
 
 
 def _real(context: Context) -> tuple[Site, Books]:

@@ -478,9 +478,13 @@ def _flat(prefix: str, value: Any, *, leave: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    return {
+    """The fields of a dataclass as the wire carries them: what is a float there is one here too, so
+    that both sides sign the same text."""
+    kinds = {field.name: field.type for field in fields(value)}
+    plain = {
         key: item.value if isinstance(item, Unit) else item for key, item in asdict(value).items()
     }
+    return {key: float(item) if kinds[key] == "float" else item for key, item in plain.items()}
 
 
 def _build(cls: type[T], prefix: str, config: dict[str, Any], **given: Any) -> T:

@@ -19,11 +19,11 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedfuse.errors import LedgerError
 from fedfuse.privacy import disk
-from fedfuse.privacy.anchor import Anchor
+from fedfuse.privacy.anchor import Anchor, read_anchor
 from fedfuse.privacy.chain import Chain, Entry, Kind, Opening
 from fedfuse.privacy.journal import Journal
 from fedfuse.privacy.signing import SigningKey
@@ -38,7 +38,11 @@ Allow = Callable[[tuple[Mechanism, ...]], None]
 
 
 class Ledger:
-    """The ledger in one file. Threads may share it, and any number may have the file open."""
+    """The ledger in one file. Threads may share it, and any number may have the file open.
+
+    It may be kept for days, and used in a child after a fork as well. It is not pickled: a process
+    that is started anew opens it by its path.
+    """
 
     def __init__(self, path: Path, key: SigningKey | None, anchor: Path | None) -> None:
         """Use `create` or `open`."""
@@ -47,8 +51,10 @@ class Ledger:
         """What was wrong with the file and could be got round."""
         self._key, self._anchor = key, anchor
         self._journal = Journal(path)
-        self._trusted = 0  # how many lines a checked signature covers
         self._chain, self._tally = Chain(str(path)), Tally(str(path))
+        self._trusted = 0  # how many lines a checked signature covers
+        self._noted: bytes | None = None  # the anchor last found to be right: the chain only grows
+        self._whole = True  # chain and tally have taken all lines that the journal has read
 
     @classmethod
     def create(
@@ -137,6 +143,15 @@ class Ledger:
         """What was spent, for each data set and unit."""
         with self._locked():
             return self._tally.accounts()
+
+    def committed(self, request: str) -> bool | None:
+        """Whether what was spent on `request` was committed. None: nothing was spent on it.
+
+        False also of work that another ledger says was done: whether it was committed there is not
+        known here.
+        """
+        with self._locked():
+            return self._tally.requests.get(request)
 
     def entries(self) -> Iterator[Entry]:
         """All lines that are there now, checked once more."""
@@ -245,6 +260,11 @@ class Ledger:
             _write_anchor(Anchor.of(self._chain, self._key), path)
             self._anchor = path
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Ledger cannot be pickled or copied: open it by its path where it is used"
+        )
+
     @property
     def _opening(self) -> Opening:
         assert self._chain.opening is not None  # a ledger without a first line is never opened
@@ -259,13 +279,20 @@ class Ledger:
                 self._check_trust(writing)
             yield
 
-    def _catch_up(self) -> list[Entry]:
-        """The entries appended since the last time, here or by others."""
-        entries = []
+    def _catch_up(self, entries: list[Entry] | None = None) -> None:
+        """Takes what was appended since the last time, here or by others, into `entries` too."""
+        if not self._whole:  # it was broken off in between, or a fork came
+            chain, tally = Chain(str(self.path)), Tally(str(self.path))
+            for line in self._journal.known():
+                tally.take(chain.take(line))
+            self._chain, self._tally = chain, tally
+        self._whole = False
         for line in self._journal.fresh():
             entry = self._chain.take(line)
             self._tally.take(entry)
-            entries.append(entry)
+            if entries is not None:
+                entries.append(entry)
+        self._whole = True
         if not self._chain.count:
             raise LedgerError(
                 "it holds not even a first line",
@@ -276,7 +303,6 @@ class Ledger:
         if rest:
             self._chain.check_unfinished(rest)
             self.problems = [f"an unfinished last line of {len(rest)} bytes is left out"]
-        return entries
 
     def _check_trust(self, writing: bool) -> None:
         """Raises LedgerError unless signature, key and anchor are those of the lines read."""
@@ -294,17 +320,23 @@ class Ledger:
                 hint="open it with the key that it was made with",
             )
         if self._anchor is not None:
-            Anchor.read(self._anchor).check(self._chain, self._anchor)
+            data = read_anchor(self._anchor)
+            if data != self._noted:
+                Anchor.parsed(data, self._anchor).check(self._chain, self._anchor)
+                self._noted = data
 
     def _append(self, lines: Sequence[bytes]) -> list[Entry]:
         """The entries in `lines`, which are on the disk, and anchored."""
         if not lines:
             return []
         self._journal.append(lines)
-        entries = self._catch_up()
+        entries: list[Entry] = []
+        self._catch_up(entries)
         self._trusted = self._chain.count  # signed here
         if self._anchor is not None:
-            _write_anchor(Anchor.of(self._chain, self._key), self._anchor)
+            anchor = Anchor.of(self._chain, self._key)
+            _write_anchor(anchor, self._anchor)
+            self._noted = anchor.data
         return entries
 
 

@@ -36,8 +36,8 @@ class Tally:
     def __init__(self, name: str) -> None:
         """`name`: what messages call the ledger."""
         self.name = name
-        self.requests: set[str] = set()
-        """The ids of all requests that something was spent on."""
+        self.requests: dict[str, bool] = {}
+        """The ids of all requests that something was spent on: whether it was committed here."""
         self.servers: dict[str, str] = {}
         """Of each run: the server that used its id first."""
         self.open: dict[int, Entry] = {}
@@ -102,9 +102,10 @@ class Tally:
         if reserved is None or _asked(reserved) != _asked(entry):
             raise self._wrong(entry, f"it commits entry {entry.of}, which was not open")
         del self.open[entry.of]
+        self.requests[entry.request] = True
 
     def _spend(self, entry: Entry, mechanism: Mechanism) -> None:
-        self.requests.add(entry.request)
+        self.requests.setdefault(entry.request, False)
         self.servers.setdefault(entry.run, entry.server)
         steps = self._steps.setdefault(entry.dataset, {})
         same = (

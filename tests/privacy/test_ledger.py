@@ -149,6 +149,25 @@ def test_a_commit_changes_nothing_in_what_was_spent(ledger: Ledger) -> None:
     assert ledger.accounts()[0].open == 0
 
 
+def test_what_became_of_a_request_can_be_asked(ledger: Ledger, path: Path, tmp_path: Path) -> None:
+    """Also of another handle's, and of what is only imported."""
+    other = Ledger.open(path)
+    assert ledger.committed("r1") is None
+    with pytest.raises(BudgetExceeded):
+        spend(ledger, "r1", allow=up_to(1, 4))
+    assert ledger.committed("r1") is None
+    entry = spend(ledger, "r1")
+    assert (ledger.committed("r1"), other.committed("r1")) == (False, False)
+    ledger.commit(entry)
+    assert (ledger.committed("r1"), other.committed("r1")) == (True, True)
+    assert Ledger.open(path).committed("r1") is True
+    elsewhere = Ledger.create(tmp_path / "other", node="b")
+    for request in ("r1", "r2"):
+        elsewhere.commit(spend(elsewhere, request, what=mechanism(9)))
+    ledger.adopt(imported(exported(elsewhere.path), name="export"))
+    assert (ledger.committed("r1"), ledger.committed("r2")) == (True, False)
+
+
 def test_accounts_tell_units_runs_servers_and_rounds_apart(ledger: Ledger) -> None:
     spend(ledger, "r1", run="one", server="aa", round=1)
     spend(ledger, "r2", run="one", server="aa", round=2)
@@ -562,6 +581,43 @@ def test_a_file_put_in_its_place_is_refused(ledger: Ledger, path: Path, tmp_path
     for ask in (lambda: spend(ledger, "r2"), lambda: ledger.history("scans")):
         with pytest.raises(LedgerError, match="replaced by another file while in use"):
             ask()
+
+
+@pytest.mark.parametrize("swap", ["another file", "nothing"])
+def test_an_entry_in_a_file_that_was_taken_away_meanwhile_is_not_acknowledged(
+    ledger: Ledger, path: Path, tmp_path: Path, swap: str
+) -> None:
+    """It would be spent nowhere but in a file without a name."""
+    copy = tmp_path / "copy"
+
+    def allow(history: tuple[Mechanism, ...]) -> None:
+        if swap == "nothing":
+            path.rename(copy)
+        else:
+            shutil.copy(path, copy)
+            copy.replace(path)
+
+    with pytest.raises(LedgerError, match=r"was replaced by another|there is no ledger"):
+        spend(ledger, "r1", allow=allow)
+
+
+def test_a_link_that_was_turned_elsewhere_is_refused(
+    ledger: Ledger, path: Path, tmp_path: Path
+) -> None:
+    """A link is the file that it leads to, as long as it leads there."""
+    shutil.copy(path, tmp_path / "copy")
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    book = Ledger.open(link)
+    spend(book, "r1")
+    assert ledger.history("scans") == (mechanism(4),)
+    link.unlink()
+    link.symlink_to(tmp_path / "copy")
+    for ask in (lambda: spend(book, "r2"), lambda: book.history("scans"), book.entries().__next__):
+        with pytest.raises(LedgerError, match="replaced by another file while in use"):
+            ask()
+    assert spent(path) == 4
+    assert spent(tmp_path / "copy") == 0
 
 
 def test_an_older_copy_written_over_it_is_refused(ledger: Ledger, path: Path) -> None:

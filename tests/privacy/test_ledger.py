@@ -225,6 +225,34 @@ def test_the_real_accountant_stops_at_the_promise(ledger: Ledger) -> None:
     assert accounting.epsilon([total, what], 1e-5) > 1.5
 
 
+def test_runs_servers_and_settings_compose_to_what_dp_accounting_says(ledger: Ledger) -> None:
+    """Three runs of two servers, settings of their own and changed in between, some broken off:
+    written out event by event, in the order in which they were entered."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    runs = [
+        ("one", "aa", [mechanism(4, q=0.05, sigma=1.4)] * 3),
+        ("two", "bb", [mechanism(2, q=0.02, sigma=1.1)] * 4),
+        ("one", "aa", [mechanism(4, q=0.05, sigma=1.4), mechanism(1, q=0.1, sigma=2.5)]),
+        ("three", "bb", [mechanism(3, q=0.05, sigma=2.0)] * 2),
+    ]
+    other = PLDAccountant(value_discretization_interval=accounting.CALIBRATION_GRID)
+    for number, (run, server, works) in enumerate(runs):
+        for round, what in enumerate(works):
+            entry = spend(ledger, f"{number}-{round}", run=run, server=server, what=what)
+            if round % 2 == 0:
+                ledger.commit(entry)
+            event = GaussianDpEvent(what.noise_multiplier)
+            for _ in range(what.steps):
+                other.compose(PoissonSampledDpEvent(what.sample_rate, event))
+    history = ledger.history("scans")
+    found = accounting.epsilon(history, 1e-5, grid=accounting.CALIBRATION_GRID)
+    assert found == pytest.approx(other.get_epsilon(1e-5), rel=1e-6)
+    (account,) = ledger.accounts()
+    assert (account.runs, account.servers) == (3, 2)
+
+
 def test_nothing_is_written_before_the_budget_has_decided(ledger: Ledger, path: Path) -> None:
     sizes = [path.stat().st_size]
     spend(ledger, "r1", allow=lambda history: sizes.append(path.stat().st_size))

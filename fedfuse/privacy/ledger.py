@@ -80,7 +80,9 @@ class Ledger:
                 hint="open it, or take another path for data that nothing was spent on",
             ) from None
         except OSError as error:
-            raise LedgerError(f"cannot create it: {error.strerror}", where=str(path)) from None
+            raise LedgerError(
+                f"cannot create it: {error.strerror}", where=str(path), hint=disk.remedy(error)
+            ) from None
         if anchor is not None:
             try:
                 _write_anchor(Anchor.of(chain, signer), anchor)
@@ -398,5 +400,5 @@ def _write_anchor(anchor: Anchor, path: Path) -> None:
         raise LedgerError(
             f"the entry counts as spent, but the anchor cannot be written: {error.strerror}",
             where=str(path),
-            hint="mend the anchor's disk; without it no work may start",
+            hint=f"{disk.remedy(error)}: without its anchor no work may start",
         ) from None

@@ -14,8 +14,8 @@ Guarantees
 
 Sources
     PLD: Koskela et al. 2020 (arXiv:1906.03049v3); Doroshenko et al. 2022 (arXiv:2207.04380v3),
-    algorithm 1, as in dp-accounting 0.6, pessimistic estimate: an upper bound of the true epsilon, up to the
-    rounding of its floating-point transforms (tests compare with other ways of computing).
+    algorithm 1, as in dp-accounting 0.6, pessimistic estimate: an upper bound of the true epsilon,
+    up to the rounding of its floating-point transforms (tests compare with other ways).
     RDP: Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1), section 3.3, for Poisson sampling;
     conversion by Canonne, Kamath, Steinke 2020 (arXiv:2004.00010v5), proposition 12.
 """

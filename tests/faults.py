@@ -50,6 +50,7 @@ NOISE = "tests/privacy/test_noise.py::"
 CLIPPING = "tests/privacy/test_clipping.py::"
 UNITS = "tests/privacy/test_units.py::"
 NODE = "tests/federation/test_node.py::"
+HOSTILE = "tests/federation/test_hostile.py::"
 ACCOUNT = "tests/privacy/test_accounting.py::"
 
 FAULTS = (
@@ -176,6 +177,22 @@ FAULTS = (
     ),
     Fault(
         line=5,
+        name="count-asked-for-and-given",
+        file="fedfuse/federation/policy.py",
+        old="if missing := needed - self.outputs:",
+        new="if missing := set[str]():",
+        tests=(f"{HOSTILE}test_a_count_leaves_only_where_the_operator_lets_it",),
+    ),
+    Fault(
+        line=5,
+        name="count-beside-the-sum-not-paid-for",
+        file="fedfuse/privacy/spec.py",
+        old="        if not self.count_noise:",
+        new="        if True:",
+        tests=(f"{UNITS}test_the_count_beside_the_sum_is_paid_for_by_more_noise_on_the_sum",),
+    ),
+    Fault(
+        line=5,
         name="count-accepted-by-the-server",
         file="fedfuse/federation/wire.py",
         old="if not counts and weight != 1:",
@@ -218,6 +235,14 @@ FAULTS = (
         tests=(f"{NODE}test_an_update_without_noise_seed_differs_each_time",),
     ),
     Fault(
+        line=6,
+        name="noise-from-what-the-server-configures",
+        file="fedfuse/federation/node.py",
+        old="return round_secret(site.policy.noise_seed, name, request.round)",
+        new="return round_secret(site.config.privacy.noise_seed, name, request.round)",
+        tests=(f"{HOSTILE}test_noise_does_not_follow_from_what_the_server_configures",),
+    ),
+    Fault(
         line=7,
         name="last-round-only",
         file="fedfuse/privacy/composition.py",
@@ -236,6 +261,19 @@ FAULTS = (
         old="if accounting.within([*past, rest], self.epsilon, self.delta):",
         new="if accounting.within([rest], self.epsilon, self.delta):",
         tests=(f"{NODE}test_what_was_spent_before_counts",),
+    ),
+    Fault(
+        line=7,
+        name="crash-not-spent",
+        file="fedfuse/privacy/tally.py",
+        old="            self._spend(entry, entry.mechanism)",
+        new="            if entry.kind is not Kind.RESERVED:\n"
+        "                self._spend(entry, entry.mechanism)",
+        tests=(
+            "tests/privacy/test_ledger.py::"
+            "test_a_reservation_without_a_commit_is_spent_all_the_same",
+            f"{HOSTILE}test_servers_and_runs_spend_from_one_budget",
+        ),
     ),
     Fault(
         line=7,
@@ -290,6 +328,14 @@ FAULTS = (
         tests=(f"{PROMISE}test_that_nodes_are_drawn_at_random_is_no_gain",),
     ),
     Fault(
+        line=8,
+        name="rounds-of-unit-node-as-if-sampled",
+        file="fedfuse/privacy/plan.py",
+        old="rate = 1.0 if unit is Unit.NODE else privacy.sample_rate",
+        new="rate = privacy.sample_rate",
+        tests=(f"{UNITS}test_unit_node_is_a_gaussian_in_full_each_round",),
+    ),
+    Fault(
         line=9,
         name="repeated-subjects-let-through",
         file="fedfuse/federation/simulate.py",
@@ -299,6 +345,14 @@ FAULTS = (
             "tests/federation/test_simulate.py::"
             "test_repeated_subjects_are_refused_unless_records_are_units",
         ),
+    ),
+    Fault(
+        line=9,
+        name="person-taken-for-a-record",
+        file="fedfuse/federation/node.py",
+        old="if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:",
+        new="if False:",
+        tests=(f"{HOSTILE}test_a_person_with_several_records_is_not_taken_for_a_record",),
     ),
     Fault(
         line=9,

@@ -14,10 +14,10 @@ Guarantees
 
 Sources
     PLD: Koskela et al. 2020 (arXiv:1906.03049v3); Doroshenko et al. 2022 (arXiv:2207.04380v3),
-    as in dp-accounting 0.6, pessimistic estimate: an upper bound of the true epsilon, up to the
-    rounding of its floating-point transforms (tests compare with other ways of computing).
-    RDP: Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1) for Poisson sampling; conversion by
-    Canonne, Kamath, Steinke 2020 (arXiv:2004.00010v5), proposition 12.
+    algorithm 1, as in dp-accounting 0.6, pessimistic estimate: an upper bound of the true epsilon,
+    up to the rounding of its floating-point transforms (tests compare with other ways).
+    RDP: Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1), section 3.3, for Poisson sampling;
+    conversion by Canonne, Kamath, Steinke 2020 (arXiv:2004.00010v5), proposition 12.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ def epsilon(
     too many cells of `grid` a coarser grid is taken, and beyond that RDP: always an upper bound.
     Full batches alone have a closed form.
 
+    Doroshenko et al. 2022 (arXiv:2207.04380v3), algorithm 1 (PLD by connecting the dots), composed
+    by FFT; the pairs in `composition` say for which mechanisms.
+
     >>> from fedfuse.privacy.spec import Unit
     >>> one = Mechanism(unit=Unit.RECORD, sample_rate=0.01, noise_multiplier=1.0, clip_norm=1.0,
     ...                 steps=1000)
@@ -105,7 +108,10 @@ def delta(
     grid: float = STATEMENT_GRID,
     relation: Relation = Relation.ADD_OR_REMOVE,
 ) -> float:
-    """Upper bound on delta at `epsilon` >= 0: the other way round from `epsilon`."""
+    """Upper bound on delta at `epsilon` >= 0: the other way round from `epsilon`.
+
+    The hockey-stick divergence E[(1 - exp(epsilon - L))_+] of the same composed loss L.
+    """
     return curve(mechanisms, [epsilon], grid=grid, relation=relation)[0]
 
 
@@ -154,12 +160,20 @@ def epsilon_below(mechanisms: Iterable[Mechanism], delta: float) -> float:
 
 
 def epsilon_rdp(mechanisms: Iterable[Mechanism], delta: float) -> float:
-    """The same by Renyi differential privacy: looser, and computed along another way."""
+    """The same by Renyi differential privacy: looser, and computed along another way.
+
+    Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1), section 3.3; converted by Canonne, Kamath,
+    Steinke 2020 (arXiv:2004.00010v5), proposition 12.
+    """
     return _epsilon_rdp(fewer(merged(mechanisms)), _checked(delta))
 
 
 def epsilon_opacus(mechanisms: Iterable[Mechanism], delta: float) -> float:
-    """The same by Opacus's own RDP accountant. Loads torch; for the report's comparison only."""
+    """The same by Opacus's own RDP accountant. Loads torch; for the report's comparison only.
+
+    Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1), section 3.3; converted by Balle et al. 2020
+    (arXiv:1905.09982), theorem 21, as Opacus 1.6 says.
+    """
     from opacus.accountants.analysis import rdp
 
     counts = fewer(merged(mechanisms))

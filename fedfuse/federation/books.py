@@ -42,6 +42,10 @@ class Books(Protocol):
         """
         ...
 
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """Enters that a run without a promise reads the data: no figure holds for it any more."""
+        ...
+
     def head(self) -> tuple[str, str]:
         """(the ledger's id, the hash of its last line); ("", "") where there is no ledger."""
         ...
@@ -81,6 +85,17 @@ class LedgerBooks:
             allow=decide,
         )
         return lambda: self._commit(entry)
+
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """As `Books.expose`. Raises LedgerError as `reserve`."""
+        self._ledger.expose(
+            self._dataset,
+            run=request.run,
+            server=request.server or UNSIGNED,
+            node=node,
+            round=request.round,
+            request=f"{request.request}/{node}",
+        )
 
     def _commit(self, entry: Entry) -> None:
         self._ledger.commit(entry)
@@ -174,6 +189,9 @@ class StateBooks:
         if last != request or status != "reserved":
             raise PrivacyError("an update was spent that was never reserved", where="books")
         self._write(kinds, counts, f"{lines[:start]}{request} {round} spent {kind}\n")
+
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """Nothing to enter: a simulated node ends with its run, which says NOT PRIVATE."""
 
     def head(self) -> tuple[str, str]:
         """No ledger."""

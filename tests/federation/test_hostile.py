@@ -331,3 +331,23 @@ def test_a_count_leaves_only_where_the_operator_lets_it(
         assert said in f"{told['status']}: {told['problem']}"
         weight = reply.metric_records["metrics"]["weight"]
         assert (weight > 1) == (said == "ok: ")
+
+
+def test_data_that_a_run_without_a_promise_has_read_cannot_be_promised_anything_later(
+    config: RunConfig, make_config: MakeConfig, tmp_path: Path, unread: list[int]
+) -> None:
+    private = Clinic.open(tmp_path / "clinic", config)
+    text = (private.folder / "node.toml").read_text()
+    plain = text.replace('unit = "record"', 'unit = "none"')
+    plain = re.sub("(max_epsilon|delta) = .*\n", "", plain)
+    (private.folder / "node.toml").write_text(plain)
+    open_run = Clinic(private.folder, make_config(privacy__unit="none"), private.server)
+    asked = open_run.request()
+    assert open_run.said(asked) == "ok: "
+    assert "was answered before" in open_run.said(asked)
+    assert private.ledger().accounts()[0].exposed
+    (private.folder / "node.toml").write_text(text)
+    client._settings.cache_clear()
+    read = len(unread)
+    assert "promises nothing" in private.said(private.request(run="d" * 32))
+    assert len(unread) == read

@@ -62,9 +62,11 @@ def write_data(folder: Path) -> Path:
     return manifest
 
 
-def fedfuse_command(manifest: Path, engine: str, private: bool, out: Path) -> list[str]:
+def fedfuse_command(
+    manifest: Path, engine: str, private: bool, out: Path, rounds: int
+) -> list[str]:
     """`fedfuse simulate`, as a user would call it."""
-    values = SETTINGS | {"federation.engine": engine}
+    values = SETTINGS | {"federation.engine": engine, "train.rounds": rounds}
     command = [sys.executable, "-m", "fedfuse", "simulate", "--data", str(manifest)]
     command += ["--out", str(out), "--unit", "record" if private else "none"]
     for key, value in values.items():
@@ -143,7 +145,7 @@ def train_plain(model: Any, loader: Any) -> None:
         optimizer.step()
 
 
-def run_bare(manifest: str, private: bool) -> None:
+def run_bare(manifest: str, private: bool, rounds: int) -> None:
     """One process, one model."""
     import torch
     from torch.utils.data import DataLoader
@@ -163,7 +165,7 @@ def run_bare(manifest: str, private: bool) -> None:
         model = GradSampleModule(model)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         total = {name: torch.zeros_like(weights[name]) for name in names}
         for data in nodes:
             with torch.no_grad():
@@ -193,7 +195,7 @@ def run_bare(manifest: str, private: bool) -> None:
         print(f"accuracy {accuracy(model, test):.3f}", flush=True)
 
 
-def run_flower(manifest: str, private: bool) -> None:
+def run_flower(manifest: str, private: bool, rounds: int) -> None:
     """Flower's simulation, client and server as its PyTorch and Opacus examples have them."""
     import torch
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -263,7 +265,7 @@ def run_flower(manifest: str, private: bool) -> None:
             grid=grid,
             initial_arrays=ArrayRecord(model.state_dict()),
             train_config=ConfigRecord({"lr": LEARNING_RATE}),
-            num_rounds=ROUNDS,
+            num_rounds=rounds,
             evaluate_fn=evaluate,
         )
 
@@ -285,24 +287,30 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of each side, in turn")
     parser.add_argument("--quick", action="store_true", help="one run of each")
     parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--threads", type=int, default=0, help="of torch in a process; 0: its own")
     parser.add_argument("--dp", default="without,with", help="without, with or both")
     parser.add_argument("--side", choices=("bare", "flower"), help=argparse.SUPPRESS)
     parser.add_argument("--private", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--manifest", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.side == "bare":
-        run_bare(chosen.manifest, chosen.private)
+        run_bare(chosen.manifest, chosen.private, chosen.rounds)
     elif chosen.side == "flower":
-        run_flower(chosen.manifest, chosen.private)
+        run_flower(chosen.manifest, chosen.private, chosen.rounds)
     else:
         compare(
             tuple(chosen.sides.split(",")),
             tuple(word == "with" for word in chosen.dp.split(",")),
             1 if chosen.quick else chosen.runs,
+            rounds=chosen.rounds,
+            threads=chosen.threads,
         )
 
 
-def compare(sides: tuple[str, ...], privates: tuple[bool, ...], runs: int) -> None:
+def compare(
+    sides: tuple[str, ...], privates: tuple[bool, ...], runs: int, *, rounds: int, threads: int
+) -> None:
     """The table of all sides, alternated."""
     from measure import Measured, machine, measure, medians
 
@@ -316,16 +324,19 @@ def compare(sides: tuple[str, ...], privates: tuple[bool, ...], runs: int) -> No
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     os.environ.pop("OMP_NUM_THREADS", None)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_data(Path(folder) / "data")
         for run in range(runs):
             for side, private in jobs:
                 if side in ("loopback", "ray"):
                     out = Path(folder) / f"{side}-{private}-{run}"
-                    command = fedfuse_command(manifest, side, private, out)
+                    command = fedfuse_command(manifest, side, private, out, rounds)
                 else:
                     command = [sys.executable, __file__, "--side", side]
-                    command += ["--manifest", str(manifest), *(["--private"] if private else [])]
+                    command += ["--manifest", str(manifest), "--rounds", str(rounds)]
+                    command += ["--private"] if private else []
                 one = measure(command, env=env)
                 found[side, private].append(one)
                 print(
@@ -335,7 +346,7 @@ def compare(sides: tuple[str, ...], privates: tuple[bool, ...], runs: int) -> No
                     flush=True,
                 )
     middle = {job: medians(runs) for job, runs in found.items()}
-    print(f"{machine()}; medians of {runs}, alternated\n")
+    print(f"{machine()}; {rounds} rounds; medians of {runs}, alternated\n")
     print("| run by | DP | wall s | CPU s | peak memory MB | processes | load before |")
     print("|---|---|---|---|---|---|---|")
     for (side, private), one in middle.items():

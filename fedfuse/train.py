@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -16,17 +16,14 @@ from torch import nn
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.privacy.central import noisy_count, private_update, unclipped
-from fedfuse.privacy.dpsgd import (
-    Loss,
-    Part,
-    PrivateOptimizer,
-    RecordGradients,
-    private_step,
-    with_record_gradients,
-)
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
 from fedfuse.privacy.spec import REST, Mechanism, Unit, clip_shares
+
+if TYPE_CHECKING:
+    from fedfuse.privacy.dpsgd import Loss, Part, RecordGradients
+# Loaded where a private step is taken: Opacus brings torch.distributed and SciPy's statistics with
+# it, which is half of the time to start, and the process that conducts a run takes no such step.
 
 __all__ = ["Job", "Ran", "Records", "Trainer", "pick_device"]
 
@@ -204,6 +201,8 @@ class Trainer:
 
     def _parts(self, shares: str) -> tuple[list[Part], list[Part]]:
         """The parts to clip by (none where C is not shared out), and all parts of the model."""
+        from fedfuse.privacy.dpsgd import Part
+
         part_of = getattr(self.model, "part_of", None)
         if part_of is None:
             if shares:
@@ -230,6 +229,8 @@ class Trainer:
         secret: bytes,
         subjects: NDArray[np.int64] | None,
     ) -> Ran:
+        from fedfuse.privacy.dpsgd import PrivateOptimizer, private_step
+
         model = self._hooks_on()
         parts, watched = self._parts(job.clip_shares)
         private = PrivateOptimizer(
@@ -288,6 +289,8 @@ class Trainer:
     def _hooks_on(self) -> RecordGradients:
         """The model under Opacus's hooks, which are put on once."""
         if self._hooked is None:
+            from fedfuse.privacy.dpsgd import with_record_gradients
+
             self._hooked = with_record_gradients(self.model)
         self._hooked.enable_hooks()
         return self._hooked

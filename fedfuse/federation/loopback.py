@@ -14,7 +14,6 @@ that no stale work goes on.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import pickle
 import selectors
@@ -23,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, reduction
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -35,12 +34,12 @@ from flwr.supercore.run import Run
 from fedfuse.errors import FederationError
 from fedfuse.federation.flower import RUN_ID, MessageGrid, take_identity, with_id
 from fedfuse.federation.shared import Packed, Sheet, owned
+from fedfuse.federation.warm import context
 from fedfuse.federation.worker import FAILED, REPLY_SHEETS, Answer, Task, work
 
-__all__ = ["LoopbackGrid", "OnReply", "threads_of", "warm_up", "worker_count"]
+__all__ = ["LoopbackGrid", "OnReply", "threads_of", "worker_count"]
 
 OnReply = Callable[[int, Message], None]
-_PRELOAD = ["fedfuse.federation.preload"]
 _FALSE_STARTS = 3
 """So many workers in a row that end before they are ready are no accident."""
 _DIED = "the worker process died"
@@ -66,12 +65,6 @@ def threads_of(number: int, workers: int, cores: int) -> int:
     ([3, 3, 2], [1, 1, 1])
     """
     return max(1, cores // workers + (number < cores % workers))
-
-
-def warm_up() -> None:
-    """Begins to load torch where workers are forked from, while the caller does something else."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    forkserver.ensure_running()
 
 
 def _cores() -> int:
@@ -138,9 +131,7 @@ class LoopbackGrid(MessageGrid):
         """How long a task takes, about."""
         self._request: _Request | None = None
         self._selector = selectors.DefaultSelector()
-        # Forked from a process that has loaded torch once: no worker loads it again.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
+        self._context = context()
         self._workers = [self._start(number) for number in range(self._count)]
 
     # ---- what Flower asks of a grid

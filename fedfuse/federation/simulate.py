@@ -24,13 +24,14 @@ from fedfuse.errors import PrivacyError
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.ledgers import check_ledgers, open_ledgers
-from fedfuse.federation.loopback import LoopbackGrid, warm_up, worker_count
+from fedfuse.federation.loopback import LoopbackGrid, worker_count
 from fedfuse.federation.observer import Observer, RunInfo
 from fedfuse.federation.rounds import expected_batch
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
+from fedfuse.federation.warm import warm_up
 from fedfuse.privacy.spec import Event, Unit
 from fedfuse.runfolder import RunFolder
 

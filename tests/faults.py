@@ -475,7 +475,7 @@ def main() -> int:
     )
     if options.list:
         for fault in chosen:
-            print(f"{fault.line:>2}  {fault.name:<36}{fault.file}")
+            print(f"{fault.line:>2}  {fault.name:<42}{fault.file}")
         return 0
     wrong = [text for fault in chosen if (text := missing(fault))]
     if wrong:
@@ -492,7 +492,7 @@ def main() -> int:
         survived = unnoticed(fault)
         left += bool(survived)
         verdict = f"NOT NOTICED by {', '.join(survived)}" if survived else "noticed"
-        print(f"{fault.line:>2}  {fault.name:<36}{verdict}  {time.monotonic() - began:.0f} s")
+        print(f"{fault.line:>2}  {fault.name:<42}{verdict}  {time.monotonic() - began:.0f} s")
         sys.stdout.flush()
     print(f"{len(chosen) - left} of {len(chosen)} faults were noticed by each of their tests")
     return 1 if left else 0

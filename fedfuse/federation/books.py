@@ -43,6 +43,10 @@ class Books(Protocol):
         """
         ...
 
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """Enters that a run without a promise reads the data: no figure holds for it any more."""
+        ...
+
     def head(self) -> tuple[str, str]:
         """(the ledger's id, the hash of its last line); ("", "") where there is no ledger."""
         ...
@@ -82,6 +86,17 @@ class LedgerBooks:
             allow=decide,
         )
         return lambda: self._commit(entry)
+
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """As `Books.expose`. Raises LedgerError as `reserve`."""
+        self._ledger.expose(
+            self._dataset,
+            run=request.run,
+            server=request.server or UNSIGNED,
+            node=node,
+            round=request.round,
+            request=f"{request.request}/{node}",
+        )
 
     def _commit(self, entry: Entry) -> None:
         self._ledger.commit(entry)
@@ -144,6 +159,9 @@ class StateBooks:
             raise PrivacyError("an update was spent that was never reserved", where="books")
         lines[-1]["status"] = "spent"
         self._write(lines)
+
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """Nothing to enter: a simulated node ends with its run, which says NOT PRIVATE."""
 
     def head(self) -> tuple[str, str]:
         """No ledger."""

@@ -92,6 +92,8 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
             reserved = event_of(mechanism, node=name, round=round, status="reserved")
             commit = books.reserve(reserved, request, site.policy.afford(request, mechanism))
             event = reserved
+        else:
+            books.expose(name, request)
         trainer.load(weights)
         subjects = dataset.subject_numbers() if _by_subject(request) else None
         ran = trainer.run(

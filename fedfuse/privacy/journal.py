@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,16 +97,19 @@ class Journal:
         Under the exclusive lock, with all before them read. What a crash left of a line is cut
         off first. They are fresh afterwards. In a file that was replaced meanwhile nothing counts.
         """
+        handle, (end, _) = self._handle(), self._read
         try:
-            handle, (end, _) = self._handle(), self._read
             if self.rest:
                 os.ftruncate(handle, end)
             disk.append(handle, end, b"".join(line + b"\n" for line in lines))
         except OSError as error:
+            what = "so nothing was entered"
+            if self._left(handle) > end:
+                what = "nor take back what it wrote, which counts where it is whole"
             raise LedgerError(
-                f"cannot write, so nothing was entered: {error.strerror}",
+                f"cannot write, {what}: {error.strerror}",
                 where=str(self.path),
-                hint="free some space, or mend the disk",
+                hint=disk.remedy(error),
             ) from None
         with self._telling():
             self._identify(handle)
@@ -133,6 +137,13 @@ class Journal:
         if self._open is None:
             raise LedgerError("its lock stayed with another process", where=str(self.path))
         return self._open.fileno()
+
+    def _left(self, handle: int) -> int:
+        """How long the file is after a write that failed, as far as that can be known."""
+        try:
+            return os.fstat(handle).st_size
+        except OSError:
+            return sys.maxsize
 
     def _release(self) -> None:
         """Gives the lock back, though a process that was forked meanwhile may have a copy of it."""
@@ -167,7 +178,9 @@ class Journal:
                 hint="restore it; `fedfuse ledger init` is for data that nothing was spent on",
             ) from None
         except OSError as error:
-            raise LedgerError(f"cannot use it: {error.strerror}", where=str(self.path)) from None
+            raise LedgerError(
+                f"cannot use it: {error.strerror}", where=str(self.path), hint=disk.remedy(error)
+            ) from None
 
 
 _JOURNALS: WeakSet[Journal] = WeakSet()

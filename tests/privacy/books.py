@@ -395,9 +395,10 @@ class Books(RuleBasedStateMachine):
             mock.patch.object(os, "pwrite", begun),
             mock.patch.object(os, "fsync", failing),
             mock.patch.object(os, "ftruncate", failing),
-            pytest.raises(LedgerError, match="cannot write"),
+            pytest.raises(LedgerError, match="cannot write") as error,
         ):
             spend(self.ledgers[handle], request, what=mechanism(1))
+        assert ("nothing was entered" in error.value.what) == (not rest and not length[0])
         if rest:  # it could not even be cut off before
             assert not length[0]
         entry = list(self.opened().entries())[-1]

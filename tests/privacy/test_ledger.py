@@ -664,3 +664,26 @@ def test_a_hundred_thousand_lines_are_read_and_checked(path: Path) -> None:
     assert entry.number == 100_001
     report = verify(path, heads=[Head(hash=book.head)])
     assert (report.entries, report.holds) == (100_002, True)
+
+
+def test_data_read_without_a_promise_has_no_figure_any_more(tmp_path: Path) -> None:
+    """Neither here nor in a ledger that imports it; the line is checked like any other."""
+    path = tmp_path / "node.ledger"
+    ledger = Ledger.create(path, node="clinic-a")
+    spend(ledger, "1")
+    work = {"run": "run-2", "server": SERVER, "node": "clinic-a", "round": 1}
+    ledger.expose("scans", request="2", **work)
+    for again in (ledger, Ledger.open(path)):
+        with pytest.raises(LedgerError, match="promises nothing"):
+            spend(again, "3")
+        assert {account.exposed for account in again.accounts()} == {True}
+    with pytest.raises(LedgerError, match="answered before"):
+        ledger.expose("scans", request="1", **work)
+    spend(ledger, "4", dataset="notes")
+    assert verify(path).holds
+    other = Ledger.create(tmp_path / "other.ledger", node="clinic-b")
+    assert other.adopt(imported(exported(path), name="it")) == 3
+    assert other.adopt(imported(exported(path), name="it")) == 0
+    with pytest.raises(LedgerError, match="promises nothing"):
+        spend(other, "5")
+    assert verify(tmp_path / "other.ledger").holds

@@ -248,8 +248,15 @@ FAULTS = (
         file="fedfuse/privacy/composition.py",
         old="total[key] = total.get(key, 0) + mechanism.steps",
         new="total[key] = mechanism.steps",
+        tests=(f"{ACCOUNT}test_composition_over_rounds_is_not_the_last_round",),
+    ),
+    Fault(
+        line=7,
+        name="last-entry-only",
+        file="fedfuse/privacy/tally.py",
+        old="steps[same] = steps.get(same, 0) + mechanism.steps",
+        new="steps[same] = mechanism.steps",
         tests=(
-            f"{ACCOUNT}test_composition_over_rounds_is_not_the_last_round",
             "tests/privacy/test_ledger.py::"
             "test_runs_servers_and_settings_compose_to_what_dp_accounting_says",
         ),

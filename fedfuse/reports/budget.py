@@ -113,8 +113,9 @@ def of_ledger(path: Path, *, delta: float, allowed: float | None) -> Facts:
     entries = tuple(ledger.entries())
     done = {entry.of for entry in entries}
     spent: dict[tuple[str, Unit], list[Entry]] = {}
+    exposed = sorted({entry.dataset for entry in entries if entry.kind == "exposed"})
     for entry in entries:
-        if entry.mechanism is not None:
+        if entry.mechanism is not None and entry.dataset not in exposed:
             spent.setdefault((entry.dataset, entry.mechanism.unit), []).append(entry)
     accounts = ranked(
         Account.of(
@@ -137,7 +138,7 @@ def of_ledger(path: Path, *, delta: float, allowed: float | None) -> Facts:
     return Facts(
         kind="ledger",
         name=ledger.node,
-        private=True,
+        private=bool(accounts) or not exposed,
         delta=delta,
         statements=_dataset_statements(accounts),
         accounts=accounts,
@@ -150,7 +151,15 @@ def of_ledger(path: Path, *, delta: float, allowed: float | None) -> Facts:
             ),
             *assumptions.of_figures(accounts),
         ),
-        problems=(*ledger.problems, *mixed(accounts)),
+        problems=(
+            *ledger.problems,
+            *mixed(accounts),
+            *(
+                f"NOT PRIVATE: {name} was read for a run that promises nothing, so no figure holds "
+                "for it, whatever else was spent"
+                for name in exposed
+            ),
+        ),
         data=tuple(sorted({account.name for account in accounts})),
         ledgers=(mark,),
     )

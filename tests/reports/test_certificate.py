@@ -23,6 +23,7 @@ from fedfuse.reports import examination
 from fedfuse.reports.budget import of_ledger, of_run
 from fedfuse.reports.certificate import PURPOSE, Tree, certify, parse, signed_part, text
 from fedfuse.reports.examination import Examination, examine
+from fedfuse.reports.statement import Statement, sentence
 from tests.reports.books import STEP, expose, rounds, write_ledger, write_run
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -276,6 +277,22 @@ def test_parts_that_do_not_fit_together_are_faults(
     of_the_run: Tree, key: SigningKey, change: Callable[[Tree], object]
 ) -> None:
     assert check(resigned(changed(of_the_run, change), key)).faults
+
+
+def test_a_statement_below_its_accounts_is_caught_though_its_words_fit(
+    of_the_run: Tree, key: SigningKey
+) -> None:
+    def understate(section: Tree) -> None:
+        for one in section["statements"]:
+            one["epsilon"] = 0.1
+        statements = [
+            Statement(**(one | {"unit": Unit(one["unit"])})) for one in section["statements"]
+        ]
+        section["statement"] = sentence(statements, section["delta"])
+
+    faults = check(resigned(changed(of_the_run, understate), key)).faults
+    assert len(faults) == 2
+    assert all("epsilon = 0.1 is stated, but the accounts" in fault for fault in faults)
 
 
 def test_an_empty_certificate_says_nothing(of_the_run: Tree, key: SigningKey) -> None:

@@ -45,8 +45,10 @@ __all__ = ["Session"]
 class Session:
     """One run, as its server sees it. A listener of `federate`, and a source for the summary."""
 
+    announced: RunConfig
+    """The configuration as it was written: what nodes have too, and compare by its digest."""
     config: RunConfig
-    """With sigma and declared_records resolved."""
+    """The same with sigma and declared_records resolved; all of that is in what nodes are asked."""
     mechanism: Mechanism | None
     """Of the next round: its clip norm may adapt, nothing else changes."""
     folder: RunFolder
@@ -139,7 +141,7 @@ class Session:
                 round=round,
                 rounds=self.last,
                 deadline=time.time() + self.config.federation.round_timeout_s,
-                digest=config_digest(self.config),
+                digest=config_digest(self.announced),
                 task=self.schema.target.kind.value,
                 modalities=self.schema.names,
                 parameters=self.parameters,

@@ -86,6 +86,7 @@ def simulate(
         folder = RunFolder.create(out, config, resume=resume)
         with quiet(folder.log, verbose=verbose):
             session = Session(
+                announced=config,
                 config=settled.config,
                 mechanism=settled.mechanism,
                 folder=folder,
@@ -125,7 +126,7 @@ def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool)
     """Hands the session to the engine that the configuration names."""
     if session.first > session.last:
         return
-    config = session.config
+    config = session.announced
     server = make_server_app(config, session.conduct)
     ledgers = tuple(str(path.absolute()) for path in books)
     history = {} if ledgers else _history(session)

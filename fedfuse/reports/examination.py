@@ -29,6 +29,8 @@ ODD = 1.02
 """A claim this many times what would do is odd, though it misleads nobody to their harm."""
 SAMPLED = 4
 """About as many points of a profile are derived anew, and the one where mu has least room."""
+CLOSE = 1e-3
+"""How close to a profile's points the bounds are."""
 LEAST_DELTA = 1e-10
 """A profile ends here."""
 
@@ -198,7 +200,7 @@ def _curve(account: Tree, counts: Counts) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _least_delta(counts: Counts, epsilon: float) -> float:
-    return second.delta_bounds(counts, epsilon)[0]
+    return second.delta_bounds(counts, epsilon, tolerance=CLOSE)[0]
 
 
 @lru_cache(maxsize=1024)

@@ -201,11 +201,14 @@ def _subjects(prepared: Prepared, config: RunConfig) -> int:
 
 def _history(session: Session) -> dict[int, tuple[Event, ...]]:
     """What each node has spent before, for its own books."""
-    return {
-        index: tuple(event for event in session.events if event.node == name)
-        for index, name in enumerate(session.nodes)
-        if session.events
-    }
+    if not session.spent:
+        return {}
+    places = {name: index for index, name in enumerate(session.nodes)}
+    found: dict[int, list[Event]] = {}
+    for event in session.folder.events():
+        if event.node in places:
+            found.setdefault(places[event.node], []).append(event)
+    return {index: tuple(events) for index, events in found.items()}
 
 
 def _workers(session: Session) -> int:

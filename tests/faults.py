@@ -51,6 +51,7 @@ CLIPPING = "tests/privacy/test_clipping.py::"
 UNITS = "tests/privacy/test_units.py::"
 NODE = "tests/federation/test_node.py::"
 HOSTILE = "tests/federation/test_hostile.py::"
+RELEASES = "tests/federation/test_releases.py::"
 ACCOUNT = "tests/privacy/test_accounting.py::"
 
 FAULTS = (
@@ -202,6 +203,14 @@ FAULTS = (
         ),
     ),
     Fault(
+        line=5,
+        name="signal-to-noise-leaves",
+        file="fedfuse/federation/node.py",
+        old="            unclipped=ran.unclipped,\n",
+        new="            unclipped=ran.unclipped,\n            problem=str(dict(ran.signal_to_noise)),\n",
+        tests=(f"{RELEASES}test_all_bytes_but_the_charged_ones_are_the_same_whatever_the_records",),
+    ),
+    Fault(
         line=6,
         name="noise-from-torch",
         file="fedfuse/privacy/noise.py",
@@ -313,6 +322,76 @@ FAULTS = (
             "tests/privacy/test_planner.py::"
             "test_solved_sigma_is_the_smallest_of_four_digits_that_keeps_epsilon",
         ),
+    ),
+    Fault(
+        line=7,
+        name="signature-not-checked",
+        file="fedfuse/federation/policy.py",
+        old="        request.check_signature()\n",
+        new="",
+        tests=(
+            f"{HOSTILE}test_a_hostile_request_is_refused_before_a_record_is_read_and_costs_nothing",
+        ),
+    ),
+    Fault(
+        line=7,
+        name="weights-not-signed",
+        file="fedfuse/federation/wire.py",
+        old="            weights.update(array.data)\n",
+        new="",
+        tests=(
+            f"{HOSTILE}test_a_hostile_request_is_refused_before_a_record_is_read_and_costs_nothing",
+        ),
+    ),
+    Fault(
+        line=7,
+        name="answered-twice",
+        file="fedfuse/privacy/ledger.py",
+        old="        if request in self._tally.requests:\n            raise",
+        new="        if False:\n            raise",
+        tests=(f"{HOSTILE}test_a_message_that_comes_twice_is_charged_once",),
+    ),
+    Fault(
+        line=7,
+        name="run-of-another-server",
+        file="fedfuse/privacy/ledger.py",
+        old="        if owner != server:",
+        new="        if False:",
+        tests=(f"{HOSTILE}test_a_run_of_another_server_cannot_be_gone_on_with",),
+    ),
+    Fault(
+        line=7,
+        name="changed-records-are-a-new-budget",
+        file="fedfuse/federation/books.py",
+        old="if self._alone and others:",
+        new="if False:",
+        tests=(f"{HOSTILE}test_changed_records_do_not_bring_a_new_budget",),
+    ),
+    Fault(
+        line=7,
+        name="exposed-data-promised-again",
+        file="fedfuse/privacy/ledger.py",
+        old="            if dataset in self._tally.exposed:",
+        new="            if False:",
+        tests=(
+            f"{HOSTILE}test_data_that_a_run_without_a_promise_has_read_cannot_be_promised_anything_later",
+        ),
+    ),
+    Fault(
+        line=7,
+        name="steps-without-limit",
+        file="fedfuse/federation/policy.py",
+        old='            ("steps in all rounds", steps, self.max_steps),\n',
+        new="",
+        tests=(f"{HOSTILE}test_each_limit_of_the_policy_is_kept",),
+    ),
+    Fault(
+        line=7,
+        name="noise-without-limit",
+        file="fedfuse/federation/policy.py",
+        old='mechanism.noise_multiplier, self.min_noise_multiplier, float("inf")',
+        new='mechanism.noise_multiplier, 0.0, float("inf")',
+        tests=(f"{HOSTILE}test_each_limit_of_the_policy_is_kept",),
     ),
     Fault(
         line=8,

@@ -3,6 +3,8 @@
     config.toml         the configuration, as given
     metrics.jsonl       a line for each round
     events.jsonl        the books: a line for each node and round, and every line counts
+    heads.jsonl         where nodes keep ledgers: the last line's hash of each, round by round
+    run.id              drawn at random: nodes' ledgers tell runs apart by it
     reserved.json       only while a round runs: its events, which count from its beginning
     model.safetensors   the released weights
     model.toml          what is needed to build the model around them
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +43,7 @@ __all__ = ["Arrays", "Checkpoint", "RunFolder"]
 Arrays = Mapping[str, NDArray[np.generic]]
 _CONFIG, _SUMMARY = "config.toml", "summary.json"
 _METRICS, _EVENTS, _RESERVED = "metrics.jsonl", "events.jsonl", "reserved.json"
+_HEADS, _ID = "heads.jsonl", "run.id"
 _WEIGHTS, _MODEL = "model.safetensors", "model.toml"
 _CHECKPOINT, _STATE = "checkpoint", "state.json"
 
@@ -63,6 +67,7 @@ class RunFolder:
         self.path = path
         self.problems: list[str] = []
         """What was wrong with the files read so far, and could be got round."""
+        self._lines_booked: int | None = None
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, *, resume: bool = False) -> RunFolder:
@@ -77,6 +82,7 @@ class RunFolder:
             return folder
         with _telling(path):
             path.mkdir(parents=True, exist_ok=True)
+        folder._replace(_ID, f"{secrets.token_hex(16)}\n".encode())
         folder._replace(_CONFIG, config.to_toml().encode())
         return folder
 
@@ -112,6 +118,17 @@ class RunFolder:
         """The configuration of the run. Raises ConfigError."""
         return RunConfig.from_toml(self.path / _CONFIG)
 
+    def run_id(self) -> str:
+        """32 hexadecimal digits, the same for as long as the run is gone on with.
+
+        Raises RunFolderError where there are none: the run is older than this version.
+        """
+        try:
+            found = (self.path / _ID).read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            raise self._damaged(_ID, error) from None
+        return found
+
     def metrics(self) -> list[dict[str, Any]]:
         """A line for each round done."""
         return list(self._lines(_METRICS))
@@ -128,6 +145,12 @@ class RunFolder:
         booked = {(event.node, event.round) for event in self._booked()[int(tree["after"]) :]}
         events = [self._event(line, _RESERVED) for line in tree["events"]]
         return [event for event in events if (event.node, event.round) not in booked]
+
+    def _count(self) -> int:
+        """How many lines the books have. Read once: a run is the only one that writes them."""
+        if self._lines_booked is None:
+            self._lines_booked = len(self._booked())
+        return self._lines_booked
 
     def _booked(self) -> list[Event]:
         return [self._event(line, _EVENTS) for line in self._lines(_EVENTS)]
@@ -165,7 +188,8 @@ class RunFolder:
     def begin_round(self, reserved: Iterable[Event]) -> None:
         """Enters what the nodes of a round are about to spend: from now on it counts."""
         lines = [event.as_dict() for event in reserved]
-        self._write_json(_RESERVED, {"after": len(self._booked()), "events": lines})
+        tree = {"after": self._count(), "events": lines}
+        self._replace(_RESERVED, (json.dumps(tree, allow_nan=False) + "\n").encode())
 
     def end_round(
         self, events: Iterable[Event], row: Mapping[str, Any], checkpoint: Checkpoint
@@ -177,9 +201,16 @@ class RunFolder:
 
     def append_events(self, events: Iterable[Event]) -> None:
         """Adds lines to the books, and clears what was reserved for them."""
-        self._append(_EVENTS, [event.as_dict() for event in events])
+        lines = [event.as_dict() for event in events]
+        before = self._count()
+        self._append(_EVENTS, lines)
+        self._lines_booked = before + len(lines)
         with _telling(self.path):
             (self.path / _RESERVED).unlink(missing_ok=True)
+
+    def append_heads(self, heads: Iterable[Mapping[str, Any]]) -> None:
+        """Notes which line each node's ledger ended with: {"round", "node", "ledger", "head"}."""
+        self._append(_HEADS, heads)
 
     def forget_after(self, round: int, *, events: bool) -> None:
         """Drops the lines of rounds after `round`, which will be run again.
@@ -189,6 +220,7 @@ class RunFolder:
         """
         rows = [row for row in self._lines(_METRICS) if row["round"] <= round]
         self._replace(_METRICS, _jsonl(rows))
+        self._lines_booked = None
         if events:
             lines = [line for line in self._lines(_EVENTS) if line["round"] <= round]
             self._replace(_EVENTS, _jsonl(lines))

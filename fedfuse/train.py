@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -14,18 +15,15 @@ from torch import nn
 
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
-from fedfuse.privacy.central import private_update
-from fedfuse.privacy.dpsgd import (
-    Loss,
-    Part,
-    PrivateOptimizer,
-    RecordGradients,
-    private_step,
-    with_record_gradients,
-)
+from fedfuse.privacy.central import noisy_count, private_update, unclipped
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
 from fedfuse.privacy.spec import REST, Mechanism, Unit, clip_shares
+
+if TYPE_CHECKING:
+    from fedfuse.privacy.dpsgd import Loss, Part, RecordGradients
+# Loaded where a private step is taken: Opacus brings torch.distributed and SciPy's statistics with
+# it, which is half of the time to start, and the process that conducts a run takes no such step.
 
 __all__ = ["Job", "Ran", "Records", "Trainer", "pick_device"]
 
@@ -110,7 +108,12 @@ class Trainer:
         self.device = device
         self._hooked: RecordGradients | None = None
         # By name in the model itself, so that the hooks' wrapper doesn't show on the wire.
-        self._state = self.model.state_dict(keep_vars=False)
+        frozen = {n for n, p in self.model.named_parameters() if not p.requires_grad}
+        self._state = {
+            name: tensor
+            for name, tensor in self.model.state_dict(keep_vars=False).items()
+            if name not in frozen
+        }
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def load(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
@@ -128,10 +131,18 @@ class Trainer:
                 tensor.copy_(value)
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
-        """A copy of the model's weights, by name."""
+        """A copy of the model's weights, by name: trained ones and buffers, no frozen ones."""
         return {name: tensor.cpu().numpy().copy() for name, tensor in self._state.items()}
 
-    @property
+    @cached_property
+    def template(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """By name: the shape and the type ("float32") of each weight."""
+        return {
+            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._state.items()
+        }
+
+    @cached_property
     def trainable(self) -> frozenset[str]:
         """The names of the weights that training changes."""
         return frozenset(n for n, p in self.model.named_parameters() if p.requires_grad)
@@ -168,22 +179,30 @@ class Trainer:
         self, start: dict[str, NDArray[np.generic]], job: Job, secret: bytes
     ) -> Ran:
         """Unit "node": bounds what the whole round did, and adds this node's share of noise."""
-        assert job.mechanism is not None
+        mechanism = job.mechanism
+        assert mechanism is not None
         share = 0.0 if job.noise_by == "server" else job.noise_nodes**-0.5
+        end, C = self.weights(), mechanism.clip_norm
         self.load(
             private_update(
                 start,
-                self.weights(),
+                end,
                 self.trainable,
-                clip_norm=job.mechanism.clip_norm,
-                noise_multiplier=job.mechanism.noise_multiplier * share,
+                clip_norm=C,
+                noise_multiplier=mechanism.sum_noise * share,
                 stream=NoiseStream(secret, "noise"),
             )
         )
-        return Ran()
+        if not mechanism.count_noise:
+            return Ran()
+        own = float(unclipped(start, end, self.trainable, C)) - 0.5
+        stream = NoiseStream(secret, "count")
+        return Ran(unclipped=(noisy_count(own, mechanism.count_noise * share, stream),))
 
     def _parts(self, shares: str) -> tuple[list[Part], list[Part]]:
         """The parts to clip by (none where C is not shared out), and all parts of the model."""
+        from fedfuse.privacy.dpsgd import Part
+
         part_of = getattr(self.model, "part_of", None)
         if part_of is None:
             if shares:
@@ -210,6 +229,8 @@ class Trainer:
         secret: bytes,
         subjects: NDArray[np.int64] | None,
     ) -> Ran:
+        from fedfuse.privacy.dpsgd import PrivateOptimizer, private_step
+
         model = self._hooks_on()
         parts, watched = self._parts(job.clip_shares)
         private = PrivateOptimizer(
@@ -268,6 +289,8 @@ class Trainer:
     def _hooks_on(self) -> RecordGradients:
         """The model under Opacus's hooks, which are put on once."""
         if self._hooked is None:
+            from fedfuse.privacy.dpsgd import with_record_gradients
+
             self._hooked = with_record_gradients(self.model)
         self._hooked.enable_hooks()
         return self._hooked

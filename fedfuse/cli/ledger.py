@@ -253,10 +253,10 @@ def anchor(
 def _row(account: Account, delta: float) -> dict[str, Any]:
     from fedfuse.privacy.accounting import shown
 
-    epsilon = _epsilon(account.history, delta)
+    epsilon = math.inf if account.exposed else _epsilon(account.history, delta)
     row = asdict(account) | {
         "epsilon": epsilon if math.isfinite(epsilon) else None,
-        "epsilon_shown": shown(epsilon),
+        "epsilon_shown": "NOT PRIVATE" if account.exposed else shown(epsilon),
     }
     del row["history"]
     return row

@@ -17,6 +17,7 @@ FILES = {
     "config.toml": "the whole configuration: fedfuse simulate config.toml runs it again",
     "metrics.jsonl": "one line a round",
     "events.jsonl": "the books: what each node spent in each round",
+    "heads.jsonl": "what each node's ledger ended with, round by round",
     "model.safetensors": "the trained weights",
     "model.toml": "what they are the weights of",
     "plots/metrics.png": "metric and loss by round",
@@ -50,6 +51,11 @@ def _lines(summary: Mapping[str, Any], run: Path) -> Iterator[str]:
         yield _row("privacy", f"*** NOT PRIVATE ***  {why}")
     else:
         yield _row("privacy", privacy["statement"])
+    if summary.get("bytes_received"):
+        from fedfuse.cli.progress import size
+
+        sent, received = size(summary["bytes_sent"]), size(summary["bytes_received"])
+        yield _row("bytes", f"{received} from the nodes, {sent} to them, all rounds together")
     for name in ("assumptions", "notes"):
         for index, text in enumerate(summary.get(name) or ()):
             yield _row(name if not index else "", f"- {text}")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from fedfuse.batch import Schema, TargetKind
 from fedfuse.data.dataset import Column, Dataset
 from fedfuse.data.decode import Decoded, decode
+from fedfuse.data.fingerprint import of_records
 from fedfuse.data.layout import Layout, plan
 from fedfuse.data.manifest import Manifest, read_manifest
 from fedfuse.data.media import looks_like_path
@@ -27,9 +31,9 @@ from fedfuse.data.target import with_scale
 from fedfuse.data.vector import VectorSpec
 from fedfuse.errors import DataError
 
-__all__ = ["Prepared", "open_node", "open_split", "prepare"]
+__all__ = ["Prepared", "fingerprint_of", "open_node", "open_split", "prepare"]
 
-_SHARDS = "shards.json"
+_NODES = "nodes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,8 @@ class Prepared:
     fingerprint: str
     shared_files: int
     repeated_subjects: int
+    node_fingerprints: tuple[str, ...] = ()
+    """Of each node's records, as `fingerprint.of_records` names them; empty where not asked for."""
 
     def node(self, number: int) -> Dataset:
         """The train records of node `number`."""
@@ -66,24 +72,97 @@ class Prepared:
         self.test.save(folder / "test")
         if self.valid is not None:
             self.valid.save(folder / "valid")
-        for number, shard in enumerate(self.shards):
-            np.save(folder / f"shard-{number}.npy", shard.rows)
-        shards = [{"name": shard.name, "absent": shard.absent} for shard in self.shards]
-        (folder / _SHARDS).write_text(json.dumps(shards), encoding="utf-8")
+        _write_nodes(folder, self.shards, self.node_fingerprints or ("",) * len(self.shards))
 
 
 def open_node(folder: Path, number: int) -> tuple[str, Dataset]:
-    """(name, train records, memory-mapped) of a node in a folder that `Prepared.write` made."""
+    """(name, train records, memory-mapped) of a node in a folder that `Prepared.write` made.
+
+    The data is mapped once in a process, so many nodes cost no more than their row numbers.
+    """
     try:
-        shard = json.loads((folder / _SHARDS).read_text(encoding="utf-8"))[number]
-        rows = np.load(folder / f"shard-{number}.npy", allow_pickle=False)
+        nodes = _nodes(folder, _stamp(folder))
+        name, rows = nodes.names[number], nodes.rows_of(number)
+        absent = json.loads(str(nodes.absent[number]))
     except (OSError, ValueError, LookupError) as error:
+        raise _no_node(folder, number, error) from None
+    return str(name), nodes.train.take(rows, absent=absent)
+
+
+def fingerprint_of(folder: Path, number: int) -> str:
+    """The fingerprint of a node's records in such a folder. Raises DataError where it has none."""
+    try:
+        name = _nodes(folder, _stamp(folder)).fingerprints[number]
+    except (OSError, ValueError, LookupError) as error:
+        raise _no_node(folder, number, error) from None
+    if not name:
         raise DataError(
-            f"no node {number} here ({type(error).__name__})",
+            f"node {number} has no fingerprint of its records",
             where=str(folder),
-            hint="prepare the data again",
-        ) from None
-    return shard["name"], Dataset.open(folder / "train").take(rows, absent=shard["absent"])
+            hint="prepare the data again with fingerprints",
+        )
+    return str(name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nodes:
+    """All nodes of a folder, memory-mapped."""
+
+    train: Dataset
+    names: NDArray[np.str_]
+    absent: NDArray[np.str_]
+    """As JSON."""
+    fingerprints: NDArray[np.str_]
+    rows: NDArray[np.int64]
+    """Of all nodes, one after the other."""
+    ends: NDArray[np.int64]
+
+    def rows_of(self, number: int) -> NDArray[np.int64]:
+        """The train rows of node `number`. Raises IndexError."""
+        if number < 0:
+            raise IndexError(number)
+        return self.rows[self.ends[number - 1] if number else 0 : self.ends[number]]
+
+
+def _write_nodes(folder: Path, shards: Sequence[NodeShard], fingerprints: Sequence[str]) -> None:
+    columns = {
+        "names": np.array([shard.name for shard in shards], dtype=np.str_),
+        "absent": np.array([json.dumps(shard.absent) for shard in shards], dtype=np.str_),
+        "fingerprints": np.array(fingerprints, dtype=np.str_),
+        "rows": np.concatenate([shard.rows for shard in shards]),
+        "ends": np.cumsum([len(shard.rows) for shard in shards]),
+    }
+    (folder / _NODES).mkdir(exist_ok=True)
+    for name, column in columns.items():
+        np.save(folder / _NODES / f"{name}.npy", column, allow_pickle=False)
+
+
+def _stamp(folder: Path) -> int:
+    """Changes when the folder is written anew."""
+    return (folder / _NODES / "ends.npy").stat().st_mtime_ns
+
+
+@lru_cache(maxsize=2)  # each holds some file descriptors
+def _nodes(folder: Path, stamp: int) -> _Nodes:
+    def column(name: str) -> NDArray[Any]:
+        path = folder / _NODES / f"{name}.npy"
+        try:
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except ValueError:  # an empty array cannot be mapped
+            return np.asarray(np.load(path, allow_pickle=False))
+
+    return _Nodes(
+        Dataset.open(folder / "train"),
+        *(column(name) for name in ("names", "absent", "fingerprints", "rows", "ends")),
+    )
+
+
+def _no_node(folder: Path, number: int, error: Exception) -> DataError:
+    return DataError(
+        f"no node {number} here ({type(error).__name__})",
+        where=str(folder),
+        hint="prepare the data again",
+    )
 
 
 def open_split(folder: Path, split: str) -> Dataset:
@@ -91,8 +170,10 @@ def open_split(folder: Path, split: str) -> Dataset:
     return Dataset.open(folder / split)
 
 
-def prepare(config: DataConfig, *, seed: int) -> Prepared:
+def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Prepared:
     """The data set that `config` names. `seed` is the partition's.
+
+    fingerprints  name each node's records by their content too, which reads every file once more
 
     Raises DataError where the manifest or a file is wrong (with config.skip_bad only where nothing
     is left), or there are no train or no test records.
@@ -131,6 +212,7 @@ def prepare(config: DataConfig, *, seed: int) -> Prepared:
         fingerprint=_fingerprint(manifest, layout),
         shared_files=shared,
         repeated_subjects=repeated,
+        node_fingerprints=_node_fingerprints(decoded, shards, manifest) if fingerprints else (),
     )
 
 
@@ -235,6 +317,14 @@ def _media_columns(layout: Layout) -> list[str]:
 def _repeated(subjects: NDArray[np.str_]) -> int:
     _, counts = np.unique(subjects[subjects != ""], return_counts=True)
     return int((counts > 1).sum())
+
+
+def _node_fingerprints(
+    decoded: Decoded, shards: tuple[NodeShard, ...], manifest: Manifest
+) -> tuple[str, ...]:
+    train = np.flatnonzero(np.array(decoded.splits, dtype=np.str_) == "train")
+    parts = [[int(i) for i in train[shard.rows]] for shard in shards]
+    return of_records(decoded.rows, parts, manifest.root)
 
 
 def _fingerprint(manifest: Manifest, layout: Layout) -> str:

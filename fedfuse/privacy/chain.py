@@ -92,6 +92,8 @@ class Kind(StrEnum):
     """What was reserved has been done; what was spent does not change."""
     IMPORTED = "imported"
     """Spent, as another ledger says."""
+    EXPOSED = "exposed"
+    """The data set was read for a run that promises nothing: no figure holds for it any more."""
 
 
 _KINDS = {kind.value.encode(): kind for kind in Kind}
@@ -292,7 +294,9 @@ class Chain:
             raise PrivacyError("a ledger is opened in its first line, and nowhere else")
         _check_shape(
             tree,
-            {Kind.OPENED: _OPENING, Kind.COMMITTED: _COMMIT}.get(kind, _SPENDING),
+            {Kind.OPENED: _OPENING, Kind.COMMITTED: _COMMIT, Kind.EXPOSED: _COMMIT}.get(
+                kind, _SPENDING
+            ),
         )
         if kind is Kind.OPENED:
             if tree["format"] != FORMAT:

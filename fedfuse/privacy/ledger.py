@@ -31,7 +31,7 @@ from fedfuse.privacy.spec import Mechanism
 from fedfuse.privacy.tally import Account, Tally
 from fedfuse.privacy.verification import Report, verify
 
-__all__ = ["Account", "Entry", "Kind", "Ledger", "Report", "verify"]
+__all__ = ["Account", "Allow", "Entry", "Kind", "Ledger", "Report", "verify"]
 
 Allow = Callable[[tuple[Mechanism, ...]], None]
 """Gets all that was spent on a data set, and raises where no more may be."""
@@ -188,18 +188,13 @@ class Ledger:
         for text, name in ((dataset, "dataset"), (run, "run"), (request, "request")):
             _named(text, name)
         with self._locked(writing=True):
-            if request in self._tally.requests:
+            self._check_new(run, server, request)
+            if dataset in self._tally.exposed:
                 raise LedgerError(
-                    f"request {request!r} was answered before: what was spent on it stays spent",
+                    "these records were read for a run that promises nothing, so that no promise "
+                    "holds for them any more",
                     where=str(self.path),
-                    hint="a server that needs another answer makes another request",
-                )
-            owner = self._tally.servers.get(run, server)
-            if owner != server:
-                raise LedgerError(
-                    f"run {run!r} belongs to another server",
-                    where=str(self.path),
-                    hint="a server that begins a run gives it an id of its own",
+                    hint="what is to be protected from now on needs other records",
                 )
             line = self._chain.next_line(
                 Kind.RESERVED,
@@ -214,6 +209,47 @@ class Ledger:
             )
             allow(self._tally.history(dataset))
             return self._append([line])[0]
+
+    def expose(
+        self, dataset: str, *, run: str, server: str, node: str, round: int, request: str
+    ) -> Entry:
+        """The entry that says that a run without a promise reads `dataset`: NOT PRIVATE.
+
+        No figure holds for that data set from then on, and `reserve` refuses it. Raises LedgerError
+        as `reserve`.
+        """
+        for text, name in ((dataset, "dataset"), (run, "run"), (request, "request")):
+            _named(text, name)
+        with self._locked(writing=True):
+            self._check_new(run, server, request)
+            line = self._chain.next_line(
+                Kind.EXPOSED,
+                dataset=dataset,
+                mechanism=None,
+                run=run,
+                server=server,
+                node=node,
+                round=round,
+                request=request,
+                key=self._key,
+            )
+            return self._append([line])[0]
+
+    def _check_new(self, run: str, server: str, request: str) -> None:
+        """Raises LedgerError on a request that was answered, or a run of another server."""
+        if request in self._tally.requests:
+            raise LedgerError(
+                f"request {request!r} was answered before: what was spent on it stays spent",
+                where=str(self.path),
+                hint="a server that needs another answer makes another request",
+            )
+        owner = self._tally.servers.get(run, server)
+        if owner != server:
+            raise LedgerError(
+                f"run {run!r} belongs to another server",
+                where=str(self.path),
+                hint="a server that begins a run gives it an id of its own",
+            )
 
     def commit(self, entry: Entry) -> Entry:
         """The entry that says that what `entry` reserved has been done.
@@ -242,10 +278,13 @@ class Ledger:
             ahead, new = self._chain.fork(), []
             for entry in entries:
                 work = _work(entry)
-                if entry.mechanism is None or tuple(work.values()) in known:
+                exposed = entry.kind is Kind.EXPOSED
+                spends = entry.mechanism is not None or exposed
+                if not spends or tuple(work.values()) in known:
                     continue
                 known.add(tuple(work.values()))
-                line = ahead.next_line(Kind.IMPORTED, **work, key=self._key)
+                kind = Kind.EXPOSED if exposed else Kind.IMPORTED
+                line = ahead.next_line(kind, **work, key=self._key)
                 ahead.take(line)
                 new.append(line)
             return len(self._append(new))

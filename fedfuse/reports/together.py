@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from fedfuse.privacy.spec import Unit
 from fedfuse.reports import assumptions
@@ -36,7 +37,7 @@ def together(sections: Sequence[Facts]) -> tuple[Facts, ...]:
 def _together(kind: str, data: str, same: Sequence[Facts]) -> Facts:
     delta = min(section.delta for section in same)
     what = ", ".join(section.name for section in same) if kind == "run" else data
-    private = all(section.private for section in same)
+    private = all(section.private and data not in section.exposed for section in same)
     by_unit: dict[Unit, list[Sequence[Account]]] = {}
     for section in same if private else ():
         for unit in {account.unit for account in section.accounts}:
@@ -58,7 +59,14 @@ def _together(kind: str, data: str, same: Sequence[Facts]) -> Facts:
         ),
         accounts=accounts,
         detail=detail_of(accounts, delta),
-        assumptions=assumptions.of_figures(accounts) if accounts else (),
+        assumptions=(
+            *(assumptions.of_figures(accounts) if accounts else ()),
+            *(
+                replace(one, text=f"{section.name}: {one.text}")
+                for section in same
+                for one in (section.broken if private else ())
+            ),
+        ),
         problems=mixed(accounts),
         data=(data,),
         ledgers=tuple(mark for section in same for mark in section.ledgers),

@@ -227,6 +227,34 @@ def test_the_real_accountant_stops_at_the_promise(ledger: Ledger) -> None:
     assert accounting.epsilon([total, what], 1e-5) > 1.5
 
 
+def test_runs_servers_and_settings_compose_to_what_dp_accounting_says(ledger: Ledger) -> None:
+    """Three runs of two servers, settings of their own and changed in between, some broken off:
+    written out event by event, in the order in which they were entered."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    runs = [
+        ("one", "aa", [mechanism(4, q=0.05, sigma=1.4)] * 3),
+        ("two", "bb", [mechanism(2, q=0.02, sigma=1.1)] * 4),
+        ("one", "aa", [mechanism(4, q=0.05, sigma=1.4), mechanism(1, q=0.1, sigma=2.5)]),
+        ("three", "bb", [mechanism(3, q=0.05, sigma=2.0)] * 2),
+    ]
+    other = PLDAccountant(value_discretization_interval=accounting.CALIBRATION_GRID)
+    for number, (run, server, works) in enumerate(runs):
+        for round, what in enumerate(works):
+            entry = spend(ledger, f"{number}-{round}", run=run, server=server, what=what)
+            if round % 2 == 0:
+                ledger.commit(entry)
+            event = GaussianDpEvent(what.noise_multiplier)
+            for _ in range(what.steps):
+                other.compose(PoissonSampledDpEvent(what.sample_rate, event))
+    history = ledger.history("scans")
+    found = accounting.epsilon(history, 1e-5, grid=accounting.CALIBRATION_GRID)
+    assert found == pytest.approx(other.get_epsilon(1e-5), rel=1e-6)
+    (account,) = ledger.accounts()
+    assert (account.runs, account.servers) == (3, 2)
+
+
 def test_nothing_is_written_before_the_budget_has_decided(ledger: Ledger, path: Path) -> None:
     sizes = [path.stat().st_size]
     spend(ledger, "r1", allow=lambda history: sizes.append(path.stat().st_size))
@@ -667,3 +695,26 @@ def test_a_hundred_thousand_lines_are_read_and_checked(path: Path) -> None:
     assert entry.number == 100_001
     report = verify(path, heads=[Head(hash=book.head)])
     assert (report.entries, report.holds) == (100_002, True)
+
+
+def test_data_read_without_a_promise_has_no_figure_any_more(tmp_path: Path) -> None:
+    """Neither here nor in a ledger that imports it; the line is checked like any other."""
+    path = tmp_path / "node.ledger"
+    ledger = Ledger.create(path, node="clinic-a")
+    spend(ledger, "1")
+    work = {"run": "run-2", "server": SERVER, "node": "clinic-a", "round": 1}
+    ledger.expose("scans", request="2", **work)
+    for again in (ledger, Ledger.open(path)):
+        with pytest.raises(LedgerError, match="promises nothing"):
+            spend(again, "3")
+        assert {account.exposed for account in again.accounts()} == {True}
+    with pytest.raises(LedgerError, match="answered before"):
+        ledger.expose("scans", request="1", **work)
+    spend(ledger, "4", dataset="notes")
+    assert verify(path).holds
+    other = Ledger.create(tmp_path / "other.ledger", node="clinic-b")
+    assert other.adopt(imported(exported(path), name="it")) == 3
+    assert other.adopt(imported(exported(path), name="it")) == 0
+    with pytest.raises(LedgerError, match="promises nothing"):
+        spend(other, "5")
+    assert verify(tmp_path / "other.ledger").holds

@@ -165,7 +165,9 @@ class Chain:
 
     def number_of(self, hash: str) -> int:
         """The number of the line with this hash; -1 where there is none."""
-        wanted = bytes.fromhex(hash) if re.fullmatch("[0-9a-f]{64}", hash) else b"-"
+        if not re.fullmatch("[0-9a-f]{64}", hash):
+            return -1
+        wanted = bytes.fromhex(hash)
         at = self._hashes.find(wanted)
         while at >= 0 and at % 32:
             at = self._hashes.find(wanted, at + 1)

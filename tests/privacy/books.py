@@ -41,7 +41,7 @@ from fedfuse.privacy.ledger import Entry, Kind, Ledger, verify
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.transfer import exported, imported
 from fedfuse.privacy.verification import Head
-from tests.privacy.ledgers import lines_of, mechanism, spend, trees_of, up_to, write_anew
+from tests.privacy.ledgers import SERVER, lines_of, mechanism, spend, trees_of, up_to, write_anew
 
 LIMIT = 50
 MEMORY = Path("/dev/shm")
@@ -153,6 +153,7 @@ class Books(RuleBasedStateMachine):
         self.heads = [first.head]
         self.copies: list[bytes] = []
         self.asked = 0
+        self.exposed = False
         for number in range(entries):
             self.copies.append(self.finished())
             self.enter(spend(self.ledgers[number % 2], self.request(), what=mechanism(4)))
@@ -234,6 +235,18 @@ class Books(RuleBasedStateMachine):
         assert any(entries) == any(fits)
         assert all(entries) == (before + first + second <= LIMIT)
         assert self.total(dataset) <= max(before, LIMIT)
+
+    @rule(handle=handles)
+    @counted
+    def expose(self, handle: int) -> None:
+        """A run without a promise reads a third data set, for which none holds from then on."""
+        entry = self.ledgers[handle].expose(
+            "aside", run="run-1", server=SERVER, node="clinic-a", round=1, request=self.request()
+        )
+        self.exposed = True
+        self.requests.append(entry.request)
+        self.heads.append(entry.hash)
+        self.refused(lambda: spend(self.ledgers[1 - handle], self.request(), dataset="aside"))
 
     # ---- what is refused
 
@@ -671,7 +684,9 @@ class Books(RuleBasedStateMachine):
                 assert found == Counter(
                     {name: steps for name, steps in self.spent.items() if name[0] == dataset}
                 )
-            assert sum(account.open for account in ledger.accounts()) == len(self.open)
+            accounts = ledger.accounts()
+            assert sum(account.open for account in accounts) == len(self.open)
+            assert any(account.exposed for account in accounts) == self.exposed
 
 
 def explore(sequences: int, *, number: int | None = None) -> None:

@@ -18,6 +18,7 @@ import pytest
 from fedfuse.errors import LedgerError, PrivacyError
 from fedfuse.privacy import disk
 from fedfuse.privacy.anchor import Anchor
+from fedfuse.privacy.chain import Chain
 from fedfuse.privacy.ledger import Ledger, verify
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.verification import Head, read_heads
@@ -258,6 +259,20 @@ def test_any_line_may_be_the_head_that_a_server_kept(any_ledger: Ledger, path: P
     for wrong in ("0" * 64, "", "zz", heads[2].hash[2:] + heads[3].hash[:2]):
         (problem,) = verify(path, heads=[*heads, Head(hash=wrong, where="server")]).problems
         assert "which server saw" in problem
+
+
+@pytest.mark.parametrize("wrong", ["", "zz", "2d", "-", "2d" * 31])
+def test_what_is_no_hash_is_no_line_whatever_bytes_the_hashes_have(wrong: str) -> None:
+    """One of 256 hashes begins with the byte that once stood for "no hash"."""
+    chain = Chain("ledger")
+    for number in range(10_000):
+        line = chain.open_line(id=f"{number:032x}", node="clinic-a", key=None)
+        if chain.read(line).hash.startswith("2d"):
+            break
+    entry = chain.take(line)
+    assert entry.hash.startswith("2d")
+    assert chain.number_of(entry.hash) == 0
+    assert chain.number_of(wrong) == -1
 
 
 def test_heads_of_other_ledgers_say_nothing_for_this_one(any_ledger: Ledger, path: Path) -> None:

@@ -158,9 +158,9 @@ def test_two_hundred_random_histories_agree_with_dp_accounting_written_out(seeds
 
 
 @pytest.mark.slow
-def test_two_hundred_random_histories_agree_with_opacus() -> None:
+def test_random_histories_agree_with_opacus() -> None:
     """Both RDP accounts stand above the statement, and differ by the orders that they try."""
-    for seed in range(200):
+    for seed in range(0, 200, 4):
         history = random_history(seed)
         opacus = accounting.epsilon_opacus(history, 1e-5)
         statement = accounting.epsilon(history, 1e-5, grid=accounting.CALIBRATION_GRID)
@@ -169,8 +169,8 @@ def test_two_hundred_random_histories_agree_with_opacus() -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_random_histories_lie_between_bounds_that_owe_dp_accounting_nothing() -> None:
-    for seed in range(200):
+def test_random_histories_lie_between_bounds_that_owe_dp_accounting_nothing() -> None:
+    for seed in range(0, 200, 4):
         history = random_history(seed)
         low, high = second.bounds(merged(history), 1e-5)
         found = accounting.epsilon(history, 1e-5, grid=accounting.CALIBRATION_GRID)

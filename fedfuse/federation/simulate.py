@@ -32,6 +32,8 @@ from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
 from fedfuse.federation.warm import warm_up
+from fedfuse.privacy.advice import NOISE_LIMIT
+from fedfuse.privacy.planner import Terms
 from fedfuse.privacy.spec import Event, Unit
 from fedfuse.runfolder import RunFolder
 
@@ -100,6 +102,7 @@ def simulate(
             )
             if resume:
                 notes += session.resume()
+            notes += _hopeless(session)
             observer.prepared(_info(session, assumptions, notes))
             status, problem = "finished", ""
             try:
@@ -241,6 +244,35 @@ def _info(session: Session, assumptions: tuple[str, ...], notes: tuple[str, ...]
         expected_batch=expected_batch(config),
         assumptions=assumptions,
         notes=notes,
+    )
+
+
+def _hopeless(session: Session) -> tuple[str, ...]:
+    """A note where noise will move the weights farther than the data can; see `fedfuse plan`."""
+    mechanism, config = session.mechanism, session.config
+    if mechanism is None:
+        return ()
+    privacy, federation = config.privacy, config.federation
+    by_server = mechanism.unit is Unit.NODE and privacy.noise_by == "server"
+    asked = max(federation.min_nodes, round(federation.fraction * len(session.nodes)), 1)
+    terms = Terms(
+        unit=mechanism.unit,
+        rounds=config.train.rounds,
+        sample_rate=mechanism.sample_rate,
+        sigma=mechanism.sum_noise,
+        local_steps=mechanism.steps,
+        units=privacy.declared_subjects or privacy.declared_records,
+        parameters=session.parameters,
+        nodes=asked,
+        noise_shared=asked if by_server else privacy.noise_nodes,
+    )
+    ratio = terms.noise_of_run
+    if ratio is None or ratio <= NOISE_LIMIT:
+        return ()
+    return (
+        f"the noise of the run is {ratio:.3g} times the most that its signal can be: expect that "
+        "little or nothing is learned; more units or nodes, fewer parameters or a larger epsilon "
+        "would help",
     )
 
 

@@ -20,8 +20,8 @@ from fedfuse.privacy.dpsgd import (
     Part,
     PrivateOptimizer,
     RecordGradients,
+    prepare,
     private_step,
-    with_record_gradients,
 )
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
@@ -268,13 +268,11 @@ class Trainer:
     def _hooks_on(self) -> RecordGradients:
         """The model under Opacus's hooks, which are put on once."""
         if self._hooked is None:
-            self._hooked = with_record_gradients(self.model)
-        self._hooked.enable_hooks()
+            self._hooked = prepare(self.model)
         return self._hooked
 
     def _hooks_off(self) -> None:
-        if self._hooked is not None:
-            self._hooked.disable_hooks()
+        pass
 
     def _proximal(self, mu: float) -> Callable[[], None] | None:
         """Adds mu (w - w_0) to each gradient: it depends on no record, so it costs nothing."""

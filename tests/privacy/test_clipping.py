@@ -17,6 +17,7 @@ from fedfuse.privacy.dpsgd import (
     PrivateOptimizer,
     check_model,
     clip_factors,
+    prepare,
     private_step,
     with_record_gradients,
 )
@@ -180,7 +181,8 @@ def test_no_contribution_exceeds_the_clip_norm(scale: float, clip_norm: float, s
         scale * torch.randn(3, 4, 5, generator=rng),
         scale * torch.randn(3, 2, generator=rng),
     ]
-    factors = clip_factors(samples, clip_norm)
+    norms = torch.stack([s.flatten(1).norm(dim=1) for s in samples]).norm(dim=0)
+    factors = clip_factors(norms, clip_norm)
     for row in range(3):
         parts = torch.cat([s[row].flatten().double() for s in samples]) * factors[row].double()
         assert float(parts.nan_to_num().norm()) <= clip_norm
@@ -212,7 +214,7 @@ def test_layer_that_mixes_records_is_refused(layer: nn.Module, says: str) -> Non
 )
 def test_layer_with_wrong_gradients_is_refused(layer: nn.Module, says: str) -> None:
     with pytest.raises(ModelError, match=says):
-        check_model(nn.Sequential(layer))
+        check_model(nn.Sequential(layer), clipping="hooks")
 
 
 def test_bare_parameter_is_refused() -> None:
@@ -222,4 +224,6 @@ def test_bare_parameter_is_refused() -> None:
             self.token = nn.Parameter(torch.zeros(3))
 
     with pytest.raises(ModelError, match="no per-record gradient"):
-        check_model(Bare())
+        check_model(Bare(), clipping="hooks")
+    with pytest.raises(ModelError, match="no per-record gradient"):
+        prepare(Bare())

@@ -1,0 +1,235 @@
+"""What one backward pass leaves for each parameter: the norms, and the clipped sum.
+
+A parameter's per-record gradients lie in the book in one of two forms: *instantiated*, as rows of
+numbers, or as an *entry*, which knows its squared norms and its weighted sum without them. Small
+instantiated ones lie side by side in one slab, so that a model's many biases and norms take one
+reduction and one product together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.privacy.clipping.costs import SMALL
+
+__all__ = ["Book", "Entry", "Owners"]
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Whose each record is.
+
+    of     (B,) int64, ascending from 0
+    place  (B,) int64, a record's number among its owner's
+    units  how many owners there are
+    most   the most records of one owner
+    """
+
+    of: Tensor
+    place: Tensor
+    units: int
+    most: int
+
+    @classmethod
+    def from_ids(cls, owners: Tensor) -> Owners:
+        """From (B,) int64, ascending from 0 without gaps."""
+        if len(owners) == 0:
+            return cls(owners, owners, 0, 0)
+        counts = torch.bincount(owners)
+        first = counts.cumsum(0) - counts
+        place = torch.arange(len(owners), device=owners.device) - first[owners]
+        return cls(owners, place, len(counts), int(counts.max()))
+
+    def side_by_side(self, x: Tensor) -> Tensor:
+        """(B, T, n) -> (U, most T, n): a unit's records one after the other, then zeros."""
+        out = x.new_zeros((self.units, self.most, *x.shape[1:]))
+        out[self.of, self.place] = x
+        return out.flatten(1, 2)
+
+
+class Entry(Protocol):
+    """The per-record gradients of one weight, not written out."""
+
+    place: int
+
+    def squares(self, owners: Owners | None) -> Tensor:
+        """(U,) squared norms of the units' gradients; rounded up, never down."""
+        ...
+
+    def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
+        """Adds to `out` (the weight's shape) the sum of factors[i] times gradient i.
+
+        factors (B,), 0 for each record of `broken` (B,) bool, whose numbers may be anything.
+        """
+        ...
+
+
+class Book:
+    """One pass over B records. Made once for a model; `open` clears it."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.rows = 0
+        self.entries: list[Entry] = []
+        self._large: dict[int, Tensor] = {}
+        self._written: set[int] = set()
+        self._columns: dict[int, slice] = {}
+        stop = 0
+        for place, p in enumerate(self.parameters):
+            if p.numel() <= SMALL:
+                self._columns[place] = slice(stop, stop + p.numel())
+                stop += p.numel()
+        self._width = stop
+        self._room: dict[int, Tensor] = {}
+        """Memory for instantiated gradients, -1 for the slab: kept from step to step."""
+
+    def open(self, rows: int) -> None:
+        """Begins a pass over `rows` records."""
+        self.rows = rows
+        self.close()
+
+    def close(self) -> None:
+        """Drops what the pass left, and with it the activations that entries hold."""
+        self.entries.clear()
+        self._large.clear()
+        self._written.clear()
+
+    def room(self, place: int) -> Tensor:
+        """(B, n) to write the gradients of a parameter of n numbers to, for `instantiate`."""
+        p = self.parameters[place]
+        if place in self._columns:
+            return self._memory(-1, self._width, p)[:, self._columns[place]]
+        return self._memory(place, p.numel(), p)
+
+    def _memory(self, key: int, width: int, like: Tensor) -> Tensor:
+        have = self._room.get(key)
+        if (
+            have is None
+            or len(have) < self.rows
+            or have.device != like.device
+            or have.dtype != like.dtype
+        ):
+            have = torch.empty((self.rows, width), dtype=like.dtype, device=like.device)
+            self._room[key] = have
+        return have[: self.rows]
+
+    def instantiate(self, place: int, grads: Tensor) -> None:
+        """Adds `grads` (B, *shape), or (B, n), to a parameter's per-record gradients."""
+        grads = grads.flatten(1)
+        if place in self._written:
+            self._of(place).add_(grads)
+            return
+        self._written.add(place)
+        room = self.room(place)
+        if grads.data_ptr() != room.data_ptr() or grads.stride() != room.stride():
+            room.copy_(grads)
+        if place not in self._columns:
+            self._large[place] = room
+
+    def fresh(self, place: int) -> bool:
+        """Whether nothing is instantiated yet for a parameter, so that `room` is free."""
+        return place not in self._written
+
+    def _of(self, place: int) -> Tensor:
+        return self._large[place] if place in self._large else self.room(place)
+
+    def _slab(self) -> Tensor | None:
+        """(B, S), zero for parameters that the pass did not reach."""
+        if not self._width or not any(place in self._columns for place in self._written):
+            return None
+        for place in self._columns:
+            if place not in self._written:
+                self.room(place).zero_()
+        return self._memory(-1, self._width, self.parameters[next(iter(self._columns))])
+
+    def squares(self, parts: Sequence[Sequence[int]], owners: Owners | None) -> Tensor:
+        """(P, U): by part (places of parameters) and unit, the squared norm of the gradient.
+
+        With owners, instantiated gradients are added up by unit on the way.
+        """
+        like = self.parameters[0]
+        units = self.rows if owners is None else owners.units
+        table = like.new_zeros((len(parts), units))
+        part_of = {place: number for number, part in enumerate(parts) for place in part}
+        for entry in self.entries:
+            table[part_of[entry.place]] += entry.squares(owners)
+        if owners is not None:
+            self._add_up(owners)
+        slab = self._slab()
+        if slab is not None:
+            for number, columns in self._runs(part_of):
+                table[number] += _squares(slab[:units, columns])
+        for place, grads in self._large.items():
+            table[part_of[place]] += _squares(grads)
+        return table
+
+    def _add_up(self, owners: Owners) -> None:
+        def whole(grads: Tensor) -> Tensor:
+            return grads.new_zeros((owners.units, grads.shape[1])).index_add_(0, owners.of, grads)
+
+        slab = self._slab()
+        if slab is not None:
+            slab[: owners.units] = whole(slab)
+        for place, grads in self._large.items():
+            self._large[place] = whole(grads)
+
+    def _runs(self, part_of: dict[int, int]) -> Iterator[tuple[int, slice]]:
+        """(part, columns) of neighbouring slab columns of one part."""
+        start, number = 0, -1
+        for place, columns in self._columns.items():
+            if part_of[place] != number:
+                if columns.start > start:
+                    yield number, slice(start, columns.start)
+                start, number = columns.start, part_of[place]
+        if self._width > start:
+            yield number, slice(start, self._width)
+
+    def add_sums(
+        self,
+        parts: Sequence[Sequence[int]],
+        factors: Tensor,
+        sums: Sequence[Tensor],
+        owners: Owners | None,
+    ) -> None:
+        """Adds to sums[place] (the parameter's shape) the sum of factor times gradient.
+
+        factors  (P, U); a unit with factor 0 contributes nothing, whatever its numbers are
+        """
+        units = factors.shape[1]
+        broken = (factors == 0).any(0)
+        any_broken = bool(broken.any())
+        part_of = {place: number for number, part in enumerate(parts) for place in part}
+        slab = self._slab()
+        if slab is not None:
+            slab = slab[:units]
+            if any_broken:
+                slab[broken] = 0
+            for number, columns in self._runs(part_of):
+                total = factors[number] @ slab[:, columns]
+                for place, own in self._columns.items():
+                    if columns.start <= own.start < columns.stop and place in self._written:
+                        mine = total[own.start - columns.start : own.stop - columns.start]
+                        sums[place].add_(mine.view_as(sums[place]))
+        for place, grads in self._large.items():
+            if any_broken:
+                grads[broken] = 0
+            flat = sums[place].view(-1)
+            torch.addmv(flat, grads.t(), factors[part_of[place]], out=flat)
+        if not self.entries:
+            return
+        by_record = factors if owners is None else factors[:, owners.of]
+        lost = None
+        if any_broken:
+            lost = broken if owners is None else broken[owners.of]
+        for entry in self.entries:
+            entry.add_sum(by_record[part_of[entry.place]], lost, sums[entry.place])
+
+
+def _squares(grads: Tensor) -> Tensor:
+    """(U, n) -> (U,)."""
+    return torch.linalg.vector_norm(grads, dim=1).square()

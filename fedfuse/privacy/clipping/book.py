@@ -9,7 +9,7 @@ reduction and one product together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -45,6 +45,12 @@ class Owners:
         place = torch.arange(len(owners), device=owners.device) - first[owners]
         return cls(owners, place, len(counts), int(counts.max()))
 
+    def only(self, rows: Tensor | None) -> Owners:
+        """The same of some records, in their order; units keep their numbers."""
+        if rows is None:
+            return self
+        return replace(self, of=self.of[rows], place=self.place[rows])
+
     def side_by_side(self, x: Tensor) -> Tensor:
         """(B, T, n) -> (U, most T, n): a unit's records one after the other, then zeros."""
         out = x.new_zeros((self.units, self.most, *x.shape[1:]))
@@ -75,8 +81,8 @@ class Book:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.rows = 0
-        self.entries: list[Entry] = []
-        self._large: dict[int, Tensor] = {}
+        self._entries: list[tuple[Entry, Tensor | None]] = []
+        self._large: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._written: set[int] = set()
         self._columns: dict[int, slice] = {}
         stop = 0
@@ -95,12 +101,12 @@ class Book:
 
     def close(self) -> None:
         """Drops what the pass left, and with it the activations that entries hold."""
-        self.entries.clear()
+        self._entries.clear()
         self._large.clear()
         self._written.clear()
 
     def room(self, place: int) -> Tensor:
-        """(B, n) to write the gradients of a parameter of n numbers to, for `instantiate`."""
+        """(B, n) to write the gradients of a parameter of n numbers to, before `instantiate`."""
         p = self.parameters[place]
         if place in self._columns:
             return self._memory(-1, self._width, p)[:, self._columns[place]]
@@ -118,25 +124,38 @@ class Book:
             self._room[key] = have
         return have[: self.rows]
 
-    def instantiate(self, place: int, grads: Tensor) -> None:
-        """Adds `grads` (B, *shape), or (B, n), to a parameter's per-record gradients."""
+    def enter(self, entry: Entry, live: Tensor | None = None) -> None:
+        """Adds an entry, of all records or of those that `live` (n,) numbers."""
+        self._entries.append((entry, live))
+
+    def instantiate(self, place: int, grads: Tensor, live: Tensor | None = None) -> None:
+        """Adds `grads` (B, *shape), or (B, n), to a parameter's per-record gradients.
+
+        With `live` (n,) the rows are those records'; the others' gradients are zero.
+        """
         grads = grads.flatten(1)
         if place in self._written:
-            self._of(place).add_(grads)
+            if place in self._large:
+                grads, live = _all(grads, live, self.rows), None
+                self._large[place] = (_all(*self._large[place], self.rows) + grads, None)
+            elif live is None:
+                self.room(place).add_(grads)
+            else:
+                self.room(place).index_add_(0, live, grads)
             return
         self._written.add(place)
-        room = self.room(place)
-        if grads.data_ptr() != room.data_ptr() or grads.stride() != room.stride():
-            room.copy_(grads)
         if place not in self._columns:
-            self._large[place] = room
+            self._large[place] = (grads, live)
+            return
+        room = self.room(place)
+        if live is not None:
+            room.zero_().index_copy_(0, live, grads)
+        elif grads.data_ptr() != room.data_ptr():
+            room.copy_(grads)
 
     def fresh(self, place: int) -> bool:
         """Whether nothing is instantiated yet for a parameter, so that `room` is free."""
         return place not in self._written
-
-    def _of(self, place: int) -> Tensor:
-        return self._large[place] if place in self._large else self.room(place)
 
     def _slab(self) -> Tensor | None:
         """(B, S), zero for parameters that the pass did not reach."""
@@ -156,27 +175,29 @@ class Book:
         units = self.rows if owners is None else owners.units
         table = like.new_zeros((len(parts), units))
         part_of = {place: number for number, part in enumerate(parts) for place in part}
-        for entry in self.entries:
-            table[part_of[entry.place]] += entry.squares(owners)
+        for entry, live in self._entries:
+            found = entry.squares(None if owners is None else owners.only(live))
+            _add(table[part_of[entry.place]], found, live if owners is None else None)
         if owners is not None:
             self._add_up(owners)
         slab = self._slab()
         if slab is not None:
             for number, columns in self._runs(part_of):
                 table[number] += _squares(slab[:units, columns])
-        for place, grads in self._large.items():
-            table[part_of[place]] += _squares(grads)
+        for place, (grads, live) in self._large.items():
+            _add(table[part_of[place]], _squares(grads), live)
         return table
 
     def _add_up(self, owners: Owners) -> None:
-        def whole(grads: Tensor) -> Tensor:
-            return grads.new_zeros((owners.units, grads.shape[1])).index_add_(0, owners.of, grads)
+        def whole(grads: Tensor, live: Tensor | None) -> Tensor:
+            of = owners.only(live).of
+            return grads.new_zeros((owners.units, grads.shape[1])).index_add_(0, of, grads)
 
         slab = self._slab()
         if slab is not None:
-            slab[: owners.units] = whole(slab)
-        for place, grads in self._large.items():
-            self._large[place] = whole(grads)
+            slab[: owners.units] = whole(slab, None)
+        for place, (grads, live) in self._large.items():
+            self._large[place] = (whole(grads, live), None)
 
     def _runs(self, part_of: dict[int, int]) -> Iterator[tuple[int, slice]]:
         """(part, columns) of neighbouring slab columns of one part."""
@@ -215,19 +236,37 @@ class Book:
                     if columns.start <= own.start < columns.stop and place in self._written:
                         mine = total[own.start - columns.start : own.stop - columns.start]
                         sums[place].add_(mine.view_as(sums[place]))
-        for place, grads in self._large.items():
+        for place, (grads, live) in self._large.items():
+            mine = factors[part_of[place]]
             if any_broken:
-                grads[broken] = 0
+                grads[_some(broken, live)] = 0
             flat = sums[place].view(-1)
-            torch.addmv(flat, grads.t(), factors[part_of[place]], out=flat)
-        if not self.entries:
-            return
+            flat.addmv_(grads.t(), _some(mine, live))
         by_record = factors if owners is None else factors[:, owners.of]
-        lost = None
-        if any_broken:
-            lost = broken if owners is None else broken[owners.of]
-        for entry in self.entries:
-            entry.add_sum(by_record[part_of[entry.place]], lost, sums[entry.place])
+        if any_broken and owners is not None:
+            broken = broken[owners.of]
+        for entry, live in self._entries:
+            mine = _some(by_record[part_of[entry.place]], live)
+            lost = _some(broken, live) if any_broken else None
+            entry.add_sum(mine, lost, sums[entry.place])
+
+
+def _some(values: Tensor, live: Tensor | None) -> Tensor:
+    return values if live is None else values[live]
+
+
+def _add(total: Tensor, values: Tensor, live: Tensor | None) -> None:
+    if live is None:
+        total.add_(values)
+    else:
+        total.index_add_(0, live, values)
+
+
+def _all(grads: Tensor, live: Tensor | None, rows: int) -> Tensor:
+    """(n, k) gradients of `live` records as (B, k)."""
+    if live is None:
+        return grads
+    return grads.new_zeros((rows, grads.shape[1])).index_copy_(0, live, grads)
 
 
 def _squares(grads: Tensor) -> Tensor:

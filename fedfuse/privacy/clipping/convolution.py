@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
-from fedfuse.privacy.clipping.layer import Layer, compute_dtype
+from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
 from fedfuse.privacy.clipping.linear import gram_squares
 
 __all__ = ["ConvEntry", "ConvLayer", "patches"]
@@ -40,45 +40,36 @@ class ConvLayer(Layer):
         return _Conv.apply(x, self.now.anchor, self)  # type: ignore[no-any-return]
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
-        """Each call is (x (B, C, ...), g (B, O, ...))."""
-        for _, g in kept:
-            self.emit_bias(book, g.flatten(2).transpose(1, 2))
+        """Each call is (x (n, C, ...), g (n, O, ...), sums of g (n, O), live (n,) or nothing)."""
+        m: Any = self.module
         place = self.places.get("weight")
-        if place is None:
-            return
-        m: Any = self.module
-        weight = book.parameters[place]
-        groups, out = m.groups, m.out_channels // m.groups
-        area = weight[0].numel()
-        for x, g in kept:
-            x, g = x.to(weight.dtype), g.to(weight.dtype)
-            length = math.prod(g.shape[2:])
-            if (
-                self.alone
-                and len(kept) == 1
-                and weight.numel() > SMALL
-                and groups * 2 * length * length < weight.numel()
-                and gram_is_cheaper(length, out, area, unfold=True)
-            ):
-                book.entries.append(ConvEntry(place, self, x, g))
+        for x, g, sums, *rest in kept:
+            live = rest[0] if rest else None
+            self.emit_bias(book, sums, live)
+            if place is None:
+                continue
+            x, g = x.to(m.weight.dtype), g.to(m.weight.dtype)
+            length, numbers = math.prod(g.shape[2:]), m.weight.numel()
+            gram = self.alone and len(kept) == 1 and m.groups == 1 and numbers > SMALL
+            held = x[:1].numel() + g[:1].numel()
+            if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
+                book.enter(ConvEntry(place, self, x, g), live)
             else:
-                self._instantiate(book, place, x, g)
+                book.instantiate(place, self._instantiated(book, place, x, g), live)
 
-    def _instantiate(self, book: Book, place: int, x: Tensor, g: Tensor) -> None:
+    def _instantiated(self, book: Book, place: int, x: Tensor, g: Tensor) -> Tensor:
+        """(n, numbers of the weight): a (b, G, O/G, p) product of g and the patches at a time."""
         m: Any = self.module
-        weight = book.parameters[place]
-        fresh = book.fresh(place)
-        room = book.room(place) if fresh else x.new_empty((len(x), weight.numel()))
-        direct = room.is_contiguous()
+        numbers = m.weight.numel()
+        if book.fresh(place) and numbers > SMALL:
+            out = book.room(place)[: len(x)]
+        else:
+            out = x.new_empty((len(x), numbers))
         for rows, a in self.chunks(x, math.prod(g.shape[2:])):
-            gg = g[rows].reshape(len(a) * m.groups, m.out_channels // m.groups, -1)
-            part = room[rows]
-            shape = (*gg.shape[:2], a.shape[2])
-            if direct:
-                torch.bmm(gg, a.flatten(0, 1).transpose(1, 2), out=part.view(shape))
-            else:
-                part.copy_(torch.bmm(gg, a.flatten(0, 1).transpose(1, 2)).view(len(a), -1))
-        book.instantiate(place, room)
+            a = a.flatten(0, 1).transpose(1, 2)
+            gg = g[rows].reshape(len(a), m.out_channels // m.groups, -1)
+            torch.bmm(gg, a, out=out[rows].view(*gg.shape[:2], a.shape[2]))
+        return out
 
     def chunks(self, x: Tensor, length: int) -> Any:
         """(rows, patches (b, G, p, L)) over the batch, some records at a time."""
@@ -91,7 +82,7 @@ class ConvLayer(Layer):
 
 
 class ConvEntry:
-    """Gradients g^T a, where a are the patches of x."""
+    """Gradients g^T a, where a are the patches of x, of a convolution without groups."""
 
     def __init__(self, place: int, layer: ConvLayer, x: Tensor, g: Tensor) -> None:
         self.place, self.layer, self.x, self.g = place, layer, x, g
@@ -99,21 +90,14 @@ class ConvEntry:
     def squares(self, owners: Owners | None) -> Tensor:
         m: Any = self.layer.module
         g = self.g.flatten(2)
-        rows, length = len(g), g.shape[2]
         if owners is not None:
-            a = patches(self.x, m, self.layer.padding)
-            a = owners.side_by_side(a.permute(0, 3, 1, 2).flatten(2))
-            g = owners.side_by_side(g.transpose(1, 2))
-            a, g = (
-                v.unflatten(2, (m.groups, -1)).transpose(1, 2).flatten(0, 1) for v in (a, g)
-            )
-            return gram_squares(a, g).view(owners.units, m.groups).sum(1)
-        found = []
-        for part, a in self.layer.chunks(self.x, length):
-            a = a.flatten(0, 1).transpose(1, 2)
-            gg = g[part].reshape(len(a), -1, length).transpose(1, 2)
-            found.append(gram_squares(a, gg))
-        return torch.cat(found).view(rows, m.groups).sum(1)
+            a = patches(self.x, m, self.layer.padding).squeeze(1).transpose(1, 2)
+            return gram_squares(owners.side_by_side(a), owners.side_by_side(g.transpose(1, 2)))
+        found = [
+            gram_squares(a.squeeze(1).transpose(1, 2), g[rows].transpose(1, 2))
+            for rows, a in self.layer.chunks(self.x, g.shape[2])
+        ]
+        return torch.cat(found) if found else g.new_zeros(0)
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         x, g = self.x, self.g
@@ -174,7 +158,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: ConvLayer) -> Tensor:
         m: Any = layer.module
-        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.layer, ctx.dtype, ctx.rows = layer, x.dtype, len(x)
         x = x.to(compute_dtype(x))
         ctx.save_for_backward(x)
         conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(layer.padding) - 1]
@@ -183,8 +167,14 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (x,) = ctx.saved_tensors
+        sums = g.flatten(2).sum(2)
+        live = live_rows(g, sums)
+        if live is not None:
+            x, g, sums = x[live], g[live], sums[live]
         back = None
         if ctx.needs_input_grad[0]:
             back = _backward(g, x, ctx.layer, (True, False))[0].to(ctx.dtype)
-        ctx.layer.keep(x, g)
+            if live is not None:
+                back = back.new_zeros((ctx.rows, *back.shape[1:])).index_copy_(0, live, back)
+        ctx.layer.keep(x, g, sums, *(() if live is None else (live,)))
         return back, None, None

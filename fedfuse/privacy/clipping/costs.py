@@ -18,23 +18,23 @@ __all__ = ["SMALL", "gram_is_cheaper"]
 SMALL = 4096
 """Weights of at most so many numbers are instantiated into one slab with the others."""
 
-_TRAFFIC = 24.0
-"""Floating-point operations that a core does in the time that it moves one number (4 bytes) to
-memory or back: 50 GFLOP/s against 8 GB/s. It is higher on a GPU; the choice is seldom close."""
+_WRITTEN = 36.0
+"""Floating-point operations of a product that a core does in the time in which it writes a number
+of an instantiated gradient, reads it for the norm and again for the sum; and about as long takes
+a number of a or g that is scaled by its record's factor. Measured, for float32 on AVX-512; the
+choice is seldom close."""
 
 
 @lru_cache(maxsize=4096)
-def gram_is_cheaper(T: int, d: int, p: int, *, unfold: bool = False) -> bool:
+def gram_is_cheaper(T: int, d: int, p: int, held: int) -> bool:
     """Whether (T, T) Gram matrices beat a (d, p) gradient for each record.
 
-    `unfold`: a convolution, whose a has to be copied out of its input for the Gram matrix, and
-    again for an instantiated gradient.
+    held  numbers of a record's input and output gradient, which are in memory anyway; an
+          instantiated gradient of more than twice as many would be what sets the peak
 
-    >>> gram_is_cheaper(1, 64, 64), gram_is_cheaper(256, 16, 16)
+    >>> gram_is_cheaper(1, 64, 64, 128), gram_is_cheaper(256, 16, 16, 8192)
     (True, False)
     """
-    # a a^T and g g^T, written and read once each; the factors go onto g or a.
-    gram = 2.0 * T * T * (d + p) + _TRAFFIC * (3.0 * T * T + 2.0 * T * min(d, p))
-    # Written, read for the norm and for the sum. The product itself is the plain pass's own.
-    whole = _TRAFFIC * 3.0 * d * p
-    return gram <= whole
+    gram = 2.0 * T * T * (d + p) + 10.0 * T * T + _WRITTEN * T * min(d, p)
+    whole = _WRITTEN * d * p
+    return gram <= whole or (d * p > 2 * held and gram <= 4 * whole)

@@ -32,7 +32,7 @@ class EmbeddingLayer(Layer):
         if padding is not None:
             g = g.masked_fill((ids == padding).unsqueeze(-1), 0)
         if self.alone and book.parameters[place].numel() > SMALL:
-            book.entries.append(EmbeddingEntry(place, ids, g))
+            book.enter(EmbeddingEntry(place, ids, g))
             return
         vocabulary = self.module.num_embeddings
         whole = g.new_zeros((rows, vocabulary, width))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedfuse.errors import ModelError
 from fedfuse.privacy.clipping.book import Book
 
-__all__ = ["Layer", "Pass", "compute_dtype"]
+__all__ = ["Layer", "Pass", "compute_dtype", "live_rows"]
 
 
 class Pass:
@@ -45,6 +45,7 @@ class Layer(ABC):
         """Whether no other layer has a parameter of this one."""
         self.calls = 0
         self.kept: list[tuple[Tensor, ...]] = []
+        """One tuple a call; what is in it is the subclass's affair."""
         self.now: Pass
         self.original: Any = module.forward
 
@@ -102,16 +103,25 @@ class Layer(ABC):
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         """Puts the per-record gradients of all calls into the book."""
 
-    def emit_bias(self, book: Book, g: Tensor) -> None:
-        """The gradient of a bias: `g` (B, T, d) summed over T."""
+    def emit_bias(self, book: Book, sums: Tensor, live: Tensor | None) -> None:
+        """The gradient of a bias: `sums` (B, d), the output gradient summed over T."""
         place = self.places.get("bias")
-        if place is None:
-            return
-        g = g.to(book.parameters[place].dtype)
-        if book.fresh(place):
-            book.instantiate(place, torch.sum(g, 1, out=book.room(place)))
-        else:
-            book.instantiate(place, g.sum(1))
+        if place is not None:
+            book.instantiate(place, sums.to(book.parameters[place].dtype), live)
+
+
+def live_rows(g: Tensor, sums: Tensor) -> Tensor | None:
+    """The records (n,) whose output gradient g (B, ...) is not exactly zero; None: nearly all.
+
+    A record without a modality has zero gradients throughout that modality's encoder: its share
+    of the work can be left out, and the result is the same number. `sums` (B, d), of g over T,
+    says where to look.
+    """
+    silent = (sums == 0).all(1)
+    count = int(silent.sum())
+    if count * 16 < len(g) or count < 2 or bool(g[silent].any()):
+        return None
+    return torch.nonzero(~silent).squeeze(1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

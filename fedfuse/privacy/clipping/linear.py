@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedfuse.privacy.clipping.book import Book, Owners
-from fedfuse.privacy.clipping.costs import gram_is_cheaper
-from fedfuse.privacy.clipping.layer import Layer, compute_dtype
+from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
+from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
 
 __all__ = ["LinearEntry", "LinearLayer", "gram_squares"]
 
@@ -23,27 +23,35 @@ class LinearLayer(Layer):
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         """Each call is (a (B, ..., p), g (B, ..., d)); T goes over all calls."""
-        rows = book.rows
-        a, g = (
-            torch.cat([call[i].reshape(rows, -1, call[i].shape[-1]) for call in kept], 1)
-            if len(kept) > 1
-            else kept[0][i].reshape(rows, -1, kept[0][i].shape[-1])
-            for i in (0, 1)
-        )
-        self.emit_bias(book, g)
+        if len(kept) > 1:
+            a, g = (torch.cat([_sequence(call[i]) for call in kept], 1) for i in (0, 1))
+        else:
+            a, g = _sequence(kept[0][0]), _sequence(kept[0][1])
+        dtype = self.module.weight.dtype
+        a, g = a.to(dtype), g.to(dtype)
+        T, d, p = a.shape[1], g.shape[2], a.shape[2]
+        sums = g.squeeze(1) if T == 1 else g.sum(1)
+        live = live_rows(g, sums) if T > 1 else None
+        if live is not None:
+            a, g, sums = a[live], g[live], sums[live]
+        self.emit_bias(book, sums, live)
         place = self.places.get("weight")
         if place is None:
             return
-        dtype = book.parameters[place].dtype
-        a, g = a.to(dtype), g.to(dtype)
-        T, d, p = a.shape[1], g.shape[2], a.shape[2]
-        if self.alone and gram_is_cheaper(T, d, p):
-            book.entries.append(LinearEntry(place, a, g))
-        elif book.fresh(place) and book.room(place).is_contiguous():
-            out = book.room(place).view(rows, d, p)
-            book.instantiate(place, torch.bmm(g.transpose(1, 2), a, out=out))
+        if self.alone and gram_is_cheaper(T, d, p, T * (d + p)):
+            book.enter(LinearEntry(place, a, g), live)
+            return
+        whole = g.transpose(1, 2)
+        if book.fresh(place) and d * p > SMALL:
+            out = book.room(place)[: len(a)].view(len(a), d, p)
+            book.instantiate(place, torch.bmm(whole, a, out=out), live)
         else:
-            book.instantiate(place, torch.bmm(g.transpose(1, 2), a))
+            book.instantiate(place, torch.bmm(whole, a), live)
+
+
+def _sequence(x: Tensor) -> Tensor:
+    """(B, ..., n) -> (B, T, n)."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
 class LinearEntry:

@@ -83,6 +83,7 @@ class Book:
         self.rows = 0
         self._entries: list[tuple[Entry, Tensor | None]] = []
         self._large: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._order: dict[int, tuple[int, ...] | None] = {}
         self._written: set[int] = set()
         self._columns: dict[int, slice] = {}
         stop = 0
@@ -128,16 +129,26 @@ class Book:
         """Adds an entry, of all records or of those that `live` (n,) numbers."""
         self._entries.append((entry, live))
 
-    def instantiate(self, place: int, grads: Tensor, live: Tensor | None = None) -> None:
+    def instantiate(
+        self,
+        place: int,
+        grads: Tensor,
+        live: Tensor | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> None:
         """Adds `grads` (B, *shape), or (B, n), to a parameter's per-record gradients.
 
-        With `live` (n,) the rows are those records'; the others' gradients are zero.
+        With `live` (n,) the rows are those records'; the others' gradients are zero. With `order`
+        a record's gradient is ``grads[i].permute(order)``.
         """
-        grads = grads.flatten(1)
+        if order is not None and (place in self._columns or place in self._written):
+            grads = grads.permute(0, *(1 + i for i in order))
+            order = None
         if place in self._written:
+            grads = grads.flatten(1)
             if place in self._large:
-                grads, live = _all(grads, live, self.rows), None
-                self._large[place] = (_all(*self._large[place], self.rows) + grads, None)
+                grads = _all(grads, live, self.rows) + self._in_order(place)
+                self._large[place], self._order[place] = (grads, None), None
             elif live is None:
                 self.room(place).add_(grads)
             else:
@@ -145,13 +156,22 @@ class Book:
             return
         self._written.add(place)
         if place not in self._columns:
-            self._large[place] = (grads, live)
+            self._large[place], self._order[place] = (grads.flatten(1), live), order
             return
-        room = self.room(place)
+        room, grads = self.room(place), grads.flatten(1)
         if live is not None:
             room.zero_().index_copy_(0, live, grads)
         elif grads.data_ptr() != room.data_ptr():
             room.copy_(grads)
+
+    def _in_order(self, place: int) -> Tensor:
+        """(B, n) of a large parameter, as its own numbers lie."""
+        grads = _all(*self._large[place], self.rows)
+        order = self._order[place]
+        if order is None:
+            return grads
+        whole = grads.view(-1, *_stored(self.parameters[place].shape, order))
+        return whole.permute(0, *(1 + i for i in order)).flatten(1)
 
     def fresh(self, place: int) -> bool:
         """Whether nothing is instantiated yet for a parameter, so that `room` is free."""
@@ -240,8 +260,12 @@ class Book:
             mine = factors[part_of[place]]
             if any_broken:
                 grads[_some(broken, live)] = 0
-            flat = sums[place].view(-1)
-            flat.addmv_(grads.t(), _some(mine, live))
+            flat, order = sums[place].view(-1), self._order[place]
+            if order is None:
+                flat.addmv_(grads.t(), _some(mine, live))
+            else:
+                total = torch.mv(grads.t(), _some(mine, live))
+                sums[place].add_(total.view(_stored(sums[place].shape, order)).permute(order))
         by_record = factors if owners is None else factors[:, owners.of]
         if any_broken and owners is not None:
             broken = broken[owners.of]
@@ -249,6 +273,14 @@ class Book:
             mine = _some(by_record[part_of[entry.place]], live)
             lost = _some(broken, live) if any_broken else None
             entry.add_sum(mine, lost, sums[entry.place])
+
+
+def _stored(shape: torch.Size, order: tuple[int, ...]) -> list[int]:
+    """The shape of which ``permute(order)`` has `shape`."""
+    stored = [0] * len(shape)
+    for i, size in zip(order, shape, strict=True):
+        stored[i] = size
+    return stored
 
 
 def _some(values: Tensor, live: Tensor | None) -> Tensor:

@@ -81,9 +81,9 @@ class BookKeeping:
         self._owners: Owners | None = None
         self._probed = False
         self._find_layers()
-        self._exchange = [
-            (layer.module.__dict__, layer.forward) for layer in self.layers
-        ] + [(module.__dict__, guard.forward) for module, guard in self._guarded]
+        self._exchange = [(layer.module.__dict__, layer.forward) for layer in self.layers] + [
+            (module.__dict__, guard.forward) for module, guard in self._guarded
+        ]
         self._bind(self.parameters)
 
     def _find_layers(self) -> None:

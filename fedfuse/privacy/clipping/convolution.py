@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ __all__ = ["ConvEntry", "ConvLayer", "patches"]
 
 _CHUNK = 1 << 17
 """Numbers of patches made at once, so that they are used while in a core's cache."""
+_CHUNK_GPU = 1 << 26
 
 
 class ConvLayer(Layer):
@@ -37,6 +39,8 @@ class ConvLayer(Layer):
         if self.outside:
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
+        if x.dim() == 4 and m.groups == 1 and x.device.type == "cpu":
+            x = _channels_last(x)
         return _Conv.apply(x, self.now.anchor, self)  # type: ignore[no-any-return]
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
@@ -55,27 +59,31 @@ class ConvLayer(Layer):
             if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
                 book.enter(ConvEntry(place, self, x, g), live)
             else:
-                book.instantiate(place, self._instantiated(book, place, x, g), live)
+                order = (0, 3, 1, 2) if _is_channels_last(x) else None
+                book.instantiate(place, self._instantiated(book, place, x, g), live, order)
 
     def _instantiated(self, book: Book, place: int, x: Tensor, g: Tensor) -> Tensor:
-        """(n, numbers of the weight): a (b, G, O/G, p) product of g and the patches at a time."""
+        """(n, *weight's shape), or (n, O, kernel, C) where x is channels-last."""
         m: Any = self.module
-        numbers = m.weight.numel()
+        numbers, groups = m.weight.numel(), m.groups
         if book.fresh(place) and numbers > SMALL:
             out = book.room(place)[: len(x)]
         else:
             out = x.new_empty((len(x), numbers))
         for rows, a in self.chunks(x, math.prod(g.shape[2:])):
-            a = a.flatten(0, 1).transpose(1, 2)
-            gg = g[rows].reshape(len(a), m.out_channels // m.groups, -1)
-            torch.bmm(gg, a, out=out[rows].view(*gg.shape[:2], a.shape[2]))
-        return out
+            gg = _by_place(g[rows]).unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
+            product = out[rows].view(len(a), -1, a.shape[2])
+            torch.bmm(gg.transpose(1, 2), a, out=product)
+        shape = m.weight.shape
+        return out.view(
+            len(x), shape[0], *((*shape[2:], shape[1]) if _is_channels_last(x) else shape[1:])
+        )
 
-    def chunks(self, x: Tensor, length: int) -> Any:
-        """(rows, patches (b, G, p, L)) over the batch, some records at a time."""
+    def chunks(self, x: Tensor, length: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, patches (b G, L, p)) over the batch, some records at a time."""
         m: Any = self.module
         each = max(1, x.shape[1] * math.prod(m.kernel_size) * length)
-        step = max(1, _CHUNK // each) if x.device.type == "cpu" else max(1, (1 << 28) // each)
+        step = max(1, (_CHUNK if x.device.type == "cpu" else _CHUNK_GPU) // each)
         for start in range(0, len(x), step):
             rows = slice(start, start + step)
             yield rows, patches(x[rows], m, self.padding)
@@ -89,14 +97,11 @@ class ConvEntry:
 
     def squares(self, owners: Owners | None) -> Tensor:
         m: Any = self.layer.module
-        g = self.g.flatten(2)
+        g = _by_place(self.g)
         if owners is not None:
-            a = patches(self.x, m, self.layer.padding).squeeze(1).transpose(1, 2)
-            return gram_squares(owners.side_by_side(a), owners.side_by_side(g.transpose(1, 2)))
-        found = [
-            gram_squares(a.squeeze(1).transpose(1, 2), g[rows].transpose(1, 2))
-            for rows, a in self.layer.chunks(self.x, g.shape[2])
-        ]
+            a = patches(self.x, m, self.layer.padding)
+            return gram_squares(owners.side_by_side(a), owners.side_by_side(g))
+        found = [gram_squares(a, g[rows]) for rows, a in self.layer.chunks(self.x, g.shape[1])]
         return torch.cat(found) if found else g.new_zeros(0)
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
@@ -109,29 +114,63 @@ class ConvEntry:
         out.add_(_backward(g, x, self.layer, (False, True))[1])
 
 
-def patches(x: Tensor, m: Any, padding: list[int]) -> Tensor:
-    """(B, C, ...) -> (B, G, p, L): what each output of the convolution `m` sees, p numbers of it.
+def _channels_last(x: Tensor) -> Tensor:
+    """`x` with its channels side by side in memory: convolutions and pooling on a CPU are faster
+    so, and a patch is then a few runs of memory. The numbers are the same."""
+    if x.shape[1] > 1:
+        return x.contiguous(memory_format=torch.channels_last)
+    rows, _, height, width = x.shape
+    return x.contiguous().as_strided(x.shape, (height * width, 1, width, 1))
 
-    p goes over the group's channels and the kernel, as `m.weight` does.
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether `patches` takes channels last."""
+    return x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1
+
+
+def _by_place(g: Tensor) -> Tensor:
+    """(B, O, ...) -> (B, L, O)."""
+    return g.movedim(1, -1).flatten(1, -2)
+
+
+def _rows(x: Tensor, live: Tensor) -> Tensor:
+    """x[live] in the memory format of `x`."""
+    if _is_channels_last(x):
+        return x.permute(0, 2, 3, 1)[live].permute(0, 3, 1, 2)
+    return x[live]
+
+
+def patches(x: Tensor, m: Any, padding: list[int]) -> Tensor:
+    """(B, C, ...) -> (B G, L, p): what each output of the convolution `m` sees, p numbers of it.
+
+    p goes over the group's channels and the kernel, as `m.weight` does; over the kernel and the
+    channels where x is channels-last.
     """
-    if any(padding):
+    last = _is_channels_last(x)
+    if last:
+        top, left = padding
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).permute(0, 3, 1, 2)
+    elif any(padding):
         x = F.pad(x, [n for n in reversed(padding) for _ in (0, 1)])
     rows, channels = x.shape[:2]
-    strides = x.stride()
+    near = [d * n for d, n in zip(m.dilation, x.stride()[2:], strict=True)]
+    far = [s * n for s, n in zip(m.stride, x.stride()[2:], strict=True)]
     counts = [
         (size - d * (k - 1) - 1) // s + 1
         for size, k, s, d in zip(x.shape[2:], m.kernel_size, m.stride, m.dilation, strict=True)
     ]
+    by_row, by_channel = x.stride()[:2]
+    if last:
+        view = x.as_strided(
+            (rows, *counts, *m.kernel_size, channels), (by_row, *far, *near, 1), x.storage_offset()
+        )
+        return view.reshape(rows, math.prod(counts), -1)
     view = x.as_strided(
         (rows, channels, *m.kernel_size, *counts),
-        (
-            *strides[:2],
-            *(d * n for d, n in zip(m.dilation, strides[2:], strict=True)),
-            *(s * n for s, n in zip(m.stride, strides[2:], strict=True)),
-        ),
+        (by_row, by_channel, *near, *far),
         x.storage_offset(),
     )
-    return view.reshape(rows, m.groups, -1, math.prod(counts))
+    return view.reshape(rows * m.groups, -1, math.prod(counts)).transpose(1, 2)
 
 
 def _backward(g: Tensor, x: Tensor, layer: ConvLayer, which: tuple[bool, bool]) -> Any:
@@ -152,6 +191,14 @@ def _backward(g: Tensor, x: Tensor, layer: ConvLayer, which: tuple[bool, bool]) 
     )
 
 
+def _spread(x: Tensor, live: Tensor, rows: int) -> Tensor:
+    """(n, ...) -> (rows, ...), zero but for the `live` ones, in the memory format of `x`."""
+    if _is_channels_last(x):
+        x = x.permute(0, 2, 3, 1)
+        return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, live, x).permute(0, 3, 1, 2)
+    return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, live, x)
+
+
 class _Conv(torch.autograd.Function):
     """A convolution with constant weights; (x, g) goes to the layer."""
 
@@ -167,14 +214,16 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        sums = g.flatten(2).sum(2)
+        if _is_channels_last(x):
+            g = g.contiguous(memory_format=torch.channels_last)
+        sums = _by_place(g).sum(1)
         live = live_rows(g, sums)
         if live is not None:
-            x, g, sums = x[live], g[live], sums[live]
+            x, g, sums = _rows(x, live), _rows(g, live), sums[live]
         back = None
         if ctx.needs_input_grad[0]:
             back = _backward(g, x, ctx.layer, (True, False))[0].to(ctx.dtype)
             if live is not None:
-                back = back.new_zeros((ctx.rows, *back.shape[1:])).index_copy_(0, live, back)
+                back = _spread(back, live, ctx.rows)
         ctx.layer.keep(x, g, sums, *(() if live is None else (live,)))
         return back, None, None

@@ -120,13 +120,14 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: GroupNormLayer) -> Tensor:
         m: Any = layer.module
-        x = x.contiguous()
+        ctx.last = _channels_last(x)
+        x = x if ctx.last else x.contiguous()
         rows, channels = x.shape[:2]
         area = x.numel() // max(1, rows * channels)
         y, mean, rstd = torch.native_group_norm(
             x, m.weight, m.bias, rows, channels, area, m.num_groups, m.eps
         )
-        ctx.layer, ctx.sizes = layer, (rows, channels, area)
+        ctx.layer, ctx.sizes = layer, (rows, channels, area, m.num_groups)
         ctx.save_for_backward(x, mean, rstd)
         return y
 
@@ -134,8 +135,20 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, mean, rstd = ctx.saved_tensors
         m: Any = ctx.layer.module
-        rows, channels, area = ctx.sizes
-        back, weight, bias = torch.ops.aten.native_group_norm_backward(
+        rows, channels, area, groups = ctx.sizes
+        kernel = torch.ops.aten.native_group_norm_backward
+        if ctx.last:
+            g = g.contiguous(memory_format=torch.channels_last)
+            bias = g.sum((2, 3))
+            weight = (g * x).sum((2, 3)).view(rows, groups, -1)
+            weight = (weight - bias.view_as(weight) * mean.unsqueeze(2)) * rstd.unsqueeze(2)
+            ctx.layer.keep(weight.view(rows, channels), bias)
+            if not ctx.needs_input_grad[0]:
+                return None, None, None
+            which = [True, False, False]
+            back = kernel(g, x, mean, rstd, m.weight, rows, channels, area, groups, which)[0]
+            return back, None, None
+        back, weight, bias = kernel(
             g.contiguous().view(1, rows * channels, area),
             x.view(1, rows * channels, area),
             mean.view(1, -1),
@@ -144,11 +157,15 @@ class _GroupNorm(torch.autograd.Function):
             1,
             rows * channels,
             area,
-            rows * m.num_groups,
+            rows * groups,
             [ctx.needs_input_grad[0], True, True],
         )
         ctx.layer.keep(weight.view(rows, channels), bias.view(rows, channels))
         return (None if back is None else back.view_as(x)), None, None
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
 
 
 NORMS: dict[type[nn.Module], type[Layer]] = {

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
 from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
-from fedfuse.privacy.clipping.linear import gram_squares
+from fedfuse.privacy.clipping.linear import gram_squares, product
 
 __all__ = ["ConvEntry", "ConvLayer", "patches"]
 
@@ -59,25 +59,34 @@ class ConvLayer(Layer):
             if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
                 book.enter(ConvEntry(place, self, x, g), live)
             else:
-                order = (0, 3, 1, 2) if _is_channels_last(x) else None
-                book.instantiate(place, self._instantiated(book, place, x, g), live, order)
+                book.instantiate(place, *self._instantiated(book, place, x, g, live))
 
-    def _instantiated(self, book: Book, place: int, x: Tensor, g: Tensor) -> Tensor:
-        """(n, *weight's shape), or (n, O, kernel, C) where x is channels-last."""
+    def _instantiated(
+        self, book: Book, place: int, x: Tensor, g: Tensor, live: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, tuple[int, ...] | None]:
+        """What `Book.instantiate` takes: gradients, whose they are, the order of their numbers."""
         m: Any = self.module
-        numbers, groups = m.weight.numel(), m.groups
-        if book.fresh(place) and numbers > SMALL:
+        shape, groups = m.weight.shape, m.groups
+        if book.fresh(place) and m.weight.numel() > SMALL:
             out = book.room(place)[: len(x)]
         else:
-            out = x.new_empty((len(x), numbers))
+            out = x.new_empty((len(x), m.weight.numel()))
+        # The longer side goes last: the product is then up to six times as fast.
+        swap = groups == 1 and m.weight[0].numel() < shape[0]
         for rows, a in self.chunks(x, math.prod(g.shape[2:])):
-            gg = _by_place(g[rows]).unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
-            product = out[rows].view(len(a), -1, a.shape[2])
-            torch.bmm(gg.transpose(1, 2), a, out=product)
-        shape = m.weight.shape
-        return out.view(
-            len(x), shape[0], *((*shape[2:], shape[1]) if _is_channels_last(x) else shape[1:])
-        )
+            gg = _by_place(g[rows])
+            if groups > 1:
+                gg = gg.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
+            left, right = (a, gg) if swap else (gg, a)
+            product(left, right, out[rows].view(len(a), left.shape[2], right.shape[2]))
+        dims = list(range(len(shape)))
+        if _is_channels_last(x):
+            dims = [0, *dims[2:], 1]  # (O, kernel, C)
+        if swap:
+            dims = [*dims[1:], 0]
+        order = tuple(dims.index(i) for i in range(len(shape)))
+        grads = out.view(len(x), *(shape[i] for i in dims))
+        return grads, live, None if order == tuple(sorted(order)) else order
 
     def chunks(self, x: Tensor, length: int) -> Iterator[tuple[slice, Tensor]]:
         """(rows, patches (b G, L, p)) over the batch, some records at a time."""

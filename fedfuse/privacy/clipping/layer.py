@@ -111,7 +111,7 @@ class Layer(ABC):
 
 
 def live_rows(g: Tensor, sums: Tensor) -> Tensor | None:
-    """The records (n,) whose output gradient g (B, ...) is not exactly zero; None: nearly all.
+    """The records (n,) whose output gradient g (B, ...) is not exactly zero; None: most.
 
     A record without a modality has zero gradients throughout that modality's encoder: its share
     of the work can be left out, and the result is the same number. `sums` (B, d), of g over T,
@@ -119,7 +119,7 @@ def live_rows(g: Tensor, sums: Tensor) -> Tensor | None:
     """
     silent = (sums == 0).all(1)
     count = int(silent.sum())
-    if count * 16 < len(g) or count < 2 or bool(g[silent].any()):
+    if count * 4 < len(g) or bool(g[silent].any()):
         return None
     return torch.nonzero(~silent).squeeze(1)
 

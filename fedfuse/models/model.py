@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from fedfuse.models.encoders import build_encoder
 from fedfuse.models.fusion import build_fusion
 from fedfuse.models.spec import ModelConfig
 
-__all__ = ["FusionModel", "build_model"]
+__all__ = ["FusionModel", "build_model", "count_parameters"]
 
 
 class FusionModel(nn.Module):
@@ -61,3 +63,11 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FusionModel(schema, config, vocabulary)
+
+
+@lru_cache(maxsize=64)
+def count_parameters(schema: Schema, config: ModelConfig, *, vocabulary: int = 4096) -> int:
+    """How many weights of that model are trained. No memory is taken for them."""
+    with torch.device("meta"):
+        model = FusionModel(schema, config, vocabulary)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

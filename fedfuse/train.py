@@ -57,6 +57,8 @@ class Job:
     """q x declared records: the divisor of a private step's sum."""
     mechanism: Mechanism | None = None
     """The private mechanism of this round; None is NOT PRIVATE."""
+    clipping: str = "bookkeeping"
+    """How clipped sums are computed; see PrivacyConfig."""
     clip_shares: str = ""
     """How C is shared out among the model's parts; see PrivacyConfig."""
     records_per_subject: int = 16
@@ -99,7 +101,7 @@ class Ran:
 
 
 class Trainer:
-    """A model with its hooks, made once in a process and used for every node and round.
+    """A model ready for private steps, made once in a process and used for every node and round.
 
     Nothing of one run stays for the next: weights are loaded, optimizers are made anew.
     """
@@ -108,7 +110,7 @@ class Trainer:
         self.model = model.to(device)
         self.loss = loss
         self.device = device
-        self._hooked: RecordGradients | None = None
+        self._ready: dict[str, RecordGradients] = {}
         # By name in the model itself, so that the hooks' wrapper doesn't show on the wire.
         self._state = self.model.state_dict(keep_vars=False)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -119,17 +121,20 @@ class Trainer:
             raise ModelError("the weights are not those of this model", where="model")
         with torch.no_grad():
             for name, tensor in self._state.items():
-                value = torch.from_numpy(np.array(weights[name]))
+                value = np.asarray(weights[name])
                 if value.shape != tensor.shape:
                     raise ModelError(
-                        f"weight {name} has shape {tuple(value.shape)}, "
+                        f"weight {name} has shape {value.shape}, "
                         f"but the model's is {tuple(tensor.shape)}"
                     )
-                tensor.copy_(value)
+                if tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:
+                    np.copyto(tensor.numpy(), value, casting="unsafe")
+                else:
+                    tensor.copy_(torch.from_numpy(value.copy()))
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
         """A copy of the model's weights, by name."""
-        return {name: tensor.cpu().numpy().copy() for name, tensor in self._state.items()}
+        return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in self._state.items()}
 
     @property
     def trainable(self) -> frozenset[str]:
@@ -216,7 +221,7 @@ class Trainer:
         secret: bytes,
         subjects: NDArray[np.int64] | None,
     ) -> Ran:
-        model = self._hooks_on()
+        model = self._prepared(job.clipping)
         parts, watched = self._parts(job.clip_shares)
         private = PrivateOptimizer(
             optimizer,
@@ -271,14 +276,19 @@ class Trainer:
                 pull()
             optimizer.step()
 
-    def _hooks_on(self) -> RecordGradients:
-        """The model under Opacus's hooks, which are put on once."""
-        if self._hooked is None:
-            self._hooked = prepare(self.model)
-        return self._hooked
+    def _prepared(self, clipping: str) -> RecordGradients:
+        """The model ready for private steps, which it is made once for each way of clipping."""
+        if clipping not in self._ready:
+            self._ready[clipping] = prepare(self.model, clipping)
+        self._hooks_off()
+        ready = self._ready[clipping]
+        if clipping == "hooks":
+            ready.enable_hooks()
+        return ready
 
     def _hooks_off(self) -> None:
-        pass
+        if (hooked := self._ready.get("hooks")) is not None:
+            hooked.disable_hooks()
 
     def _proximal(self, mu: float) -> Callable[[], None] | None:
         """Adds mu (w - w_0) to each gradient: it depends on no record, so it costs nothing."""
@@ -296,5 +306,6 @@ class Trainer:
 
 def _optimizer(parameters: list[nn.Parameter], job: Job) -> torch.optim.Optimizer:
     if job.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=job.learning_rate, betas=(job.momentum, 0.999))
-    return torch.optim.SGD(parameters, lr=job.learning_rate, momentum=job.momentum)
+        betas = (job.momentum, 0.999)
+        return torch.optim.Adam(parameters, lr=job.learning_rate, betas=betas, fused=True)
+    return torch.optim.SGD(parameters, lr=job.learning_rate, momentum=job.momentum, fused=True)

@@ -37,7 +37,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ __all__ = [
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs (B, C), target (B,)) -> loss of each record (B,)."""
 
-RecordGradients = BookKeeping | GradSampleModule
+RecordGradients: TypeAlias = BookKeeping | GradSampleModule
 """A model that gives the gradients of single records, by either way of `prepare`."""
 
 _CROSS_RECORD = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

@@ -116,7 +116,7 @@ class NoiseStream:
             self._floats = np.empty((3, pairs))
             self._sums = np.empty(6 * fours)
         drawn = self._bytes[: 16 * pairs]
-        self._stream.update_into(memoryview(self._zeros)[: 16 * pairs], drawn)
+        self._stream.update_into(memoryview(self._zeros)[: 16 * pairs], drawn.data)
         words = drawn.view("<u8").astype(np.uint64, copy=False)
         words >>= np.uint64(11)
         # Box and Muller 1958: z = sqrt(-2 log u) exp(i angle), u in (0, 1]. An output is a sum of

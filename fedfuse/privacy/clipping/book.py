@@ -303,4 +303,5 @@ def _all(grads: Tensor, live: Tensor | None, rows: int) -> Tensor:
 
 def _squares(grads: Tensor) -> Tensor:
     """(U, n) -> (U,)."""
-    return torch.linalg.vector_norm(grads, dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(grads, dim=1)
+    return norms.square_()

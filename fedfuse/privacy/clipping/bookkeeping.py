@@ -77,7 +77,7 @@ class BookKeeping:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.layers: list[Layer] = []
-        self._guards: list[RecurrentGuard] = []
+        self._guarded: list[tuple[nn.Module, RecurrentGuard]] = []
         self._owners: Owners | None = None
         self._probed = False
         self._find_layers()
@@ -89,7 +89,6 @@ class BookKeeping:
     def _find_layers(self) -> None:
         places = {id(p): place for place, p in enumerate(self.parameters)}
         users: dict[int, int] = {}
-        self._guarded = []
 
         def visit(name: str, module: nn.Module) -> None:
             if module in seen:

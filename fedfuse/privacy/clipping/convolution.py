@@ -34,14 +34,14 @@ class ConvLayer(Layer):
         """Whether the input is padded by itself, and the convolution then pads nothing."""
         self.padding = [0] * len(before) if self.outside else list(reversed(before))
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Any:
         m: Any = self.module
         if self.outside:
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
         if x.dim() == 4 and m.groups == 1 and x.device.type == "cpu":
             x = _channels_last(x)
-        return _Conv.apply(x, self.now.anchor, self)  # type: ignore[no-any-return]
+        return super().run(x)
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         """Each call is (x (n, C, ...), g (n, O, ...), sums of g (n, O), live (n,) or nothing)."""
@@ -128,7 +128,7 @@ def _channels_last(x: Tensor) -> Tensor:
     so, and a patch is then a few runs of memory. The numbers are the same."""
     if x.shape[1] > 1:
         return x.contiguous(memory_format=torch.channels_last)
-    rows, _, height, width = x.shape
+    height, width = x.shape[2:]
     return x.contiguous().as_strided(x.shape, (height * width, 1, width, 1))
 
 
@@ -236,3 +236,6 @@ class _Conv(torch.autograd.Function):
                 back = _spread(back, live, ctx.rows)
         ctx.layer.keep(x, g, sums, *(() if live is None else (live,)))
         return back, None, None
+
+
+ConvLayer.node = _Conv

@@ -18,9 +18,6 @@ __all__ = ["EmbeddingLayer"]
 class EmbeddingLayer(Layer):
     """``nn.Embedding`` without max_norm and scale_grad_by_freq, also with padding_idx."""
 
-    def run(self, x: Tensor) -> Tensor:
-        return _Embedding.apply(x, self.now.anchor, self)  # type: ignore[no-any-return]
-
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         """Each call is (ids (B, ...), g (B, ..., D)); T goes over all calls."""
         place = self.places["weight"]
@@ -30,7 +27,7 @@ class EmbeddingLayer(Layer):
         g = torch.cat([call[1].reshape(rows, -1, width) for call in kept], 1).to(dtype)
         padding = self.module.padding_idx
         if padding is not None:
-            g = g.masked_fill((ids == padding).unsqueeze(-1), 0)
+            g = g.masked_fill(torch.eq(ids, padding).unsqueeze(-1), 0)
         if self.alone and book.parameters[place].numel() > SMALL:
             book.enter(EmbeddingEntry(place, ids, g))
             return
@@ -63,7 +60,8 @@ class EmbeddingEntry:
         row += torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
         sums = torch.zeros_like(g).view(-1, g.shape[2])
         sums.index_add_(0, row.view(-1), g.reshape(-1, g.shape[2]))
-        return torch.linalg.vector_norm(sums.view(len(ids), -1), dim=1).square()
+        norms: Tensor = torch.linalg.vector_norm(sums.view(len(ids), -1), dim=1)
+        return norms.square()
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         g = self.g if broken is None else self.g.masked_fill(broken[:, None, None], 0)
@@ -85,3 +83,6 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         ctx.layer.keep(ids, g)
         return None, None, None
+
+
+EmbeddingLayer.node = _Embedding

@@ -48,11 +48,8 @@ class FallbackLayer(Layer):
         flat = [*args, *kwargs.values()]
         tensors = [v for v in flat if isinstance(v, Tensor)]
         call = _Call(self, len(args), tuple(kwargs), flat)
-        found = _Fallback.apply(self.now.anchor, call, *tensors)
+        found = self.node.apply(self.now.anchor, call, *tensors)
         return call.as_given(found)
-
-    def run(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         """Each call is the gradients of `places`, in order, each (B, *shape)."""
@@ -132,7 +129,8 @@ class _Fallback(torch.autograd.Function):
             args, kwargs = call.arguments(whole)
             outputs = functional_call(module, {**parameters, **fixed}, args, kwargs)
             flat = _flat(outputs)
-            return sum((o * h.unsqueeze(0)).sum() for o, h in zip(flat, g, strict=True))  # type: ignore[return-value]
+            parts = [(o * h.unsqueeze(0)).sum() for o, h in zip(flat, g, strict=True)]
+            return torch.stack(parts).sum()
 
         with torch.enable_grad():
             inputs = [tensors[i] for i in movable]
@@ -152,3 +150,6 @@ class _Fallback(torch.autograd.Function):
 def _flat(outputs: Any) -> list[Tensor]:
     flat = outputs if isinstance(outputs, tuple) else (outputs,)
     return [v for v in flat if isinstance(v, Tensor)]
+
+
+FallbackLayer.node = _Fallback

@@ -36,10 +36,13 @@ class Layer(ABC):
     `emit` turns those of all calls into per-record gradients in the book.
     """
 
+    node: Any = None
+    """The autograd Function of `run`: apply(x, anchor, layer)."""
+
     def __init__(self, name: str, module: nn.Module, places: Mapping[str, int]) -> None:
         """`places`: of the module's own trained parameters, by attribute name."""
         self.name = name
-        self.module = module
+        self.module: Any = module
         self.places = dict(places)
         self.alone = True
         """Whether no other layer has a parameter of this one."""
@@ -95,9 +98,9 @@ class Layer(ABC):
             "expand ids that all records share to (B, ...), encode absent rows too, pack nothing",
         )
 
-    @abstractmethod
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Any:
         """The module's output for `x` (B, ...)."""
+        return self.node.apply(x, self.now.anchor, self)
 
     @abstractmethod
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:

@@ -18,9 +18,6 @@ __all__ = ["LinearEntry", "LinearLayer", "gram_squares", "product"]
 class LinearLayer(Layer):
     """``nn.Linear``, and Opacus's ``RNNLinear``."""
 
-    def run(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.now.anchor, self)  # type: ignore[no-any-return]
-
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         """Each call is (a (B, ..., p), g (B, ..., d)); T goes over all calls."""
         if len(kept) > 1:
@@ -121,3 +118,6 @@ class _Linear(torch.autograd.Function):
             back = g.matmul(layer.module.weight.to(g.dtype)).to(ctx.dtype)
         layer.keep(x, g)
         return back, None, None
+
+
+LinearLayer.node = _Linear

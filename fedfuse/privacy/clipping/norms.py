@@ -17,6 +17,9 @@ __all__ = ["GroupNormLayer", "LayerNormLayer", "RmsNormLayer"]
 class _NormLayer(Layer):
     """Each call keeps the per-record gradients themselves: (weight's, bias's), both (B, n)."""
 
+    def run(self, x: Tensor) -> Any:
+        return super().run(_full(x))
+
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         for call in kept:
             for key, grads in zip(("weight", "bias"), call, strict=False):
@@ -27,22 +30,13 @@ class _NormLayer(Layer):
 class LayerNormLayer(_NormLayer):
     """``nn.LayerNorm``, with or without a bias."""
 
-    def run(self, x: Tensor) -> Tensor:
-        return _LayerNorm.apply(_full(x), self.now.anchor, self)  # type: ignore[no-any-return]
-
 
 class RmsNormLayer(_NormLayer):
     """``nn.RMSNorm``."""
 
-    def run(self, x: Tensor) -> Tensor:
-        return _RmsNorm.apply(_full(x), self.now.anchor, self)  # type: ignore[no-any-return]
-
 
 class GroupNormLayer(_NormLayer):
     """``nn.GroupNorm``."""
-
-    def run(self, x: Tensor) -> Tensor:
-        return _GroupNorm.apply(_full(x), self.now.anchor, self)  # type: ignore[no-any-return]
 
 
 def _full(x: Tensor) -> Tensor:
@@ -167,6 +161,8 @@ class _GroupNorm(torch.autograd.Function):
 def _channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
 
+
+LayerNormLayer.node, RmsNormLayer.node, GroupNormLayer.node = _LayerNorm, _RmsNorm, _GroupNorm
 
 NORMS: dict[type[nn.Module], type[Layer]] = {
     nn.LayerNorm: LayerNormLayer,

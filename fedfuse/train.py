@@ -22,6 +22,7 @@ from fedfuse.privacy.dpsgd import (
     RecordGradients,
     prepare,
     private_step,
+    set_hooks,
 )
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
@@ -281,14 +282,12 @@ class Trainer:
         if clipping not in self._ready:
             self._ready[clipping] = prepare(self.model, clipping)
         self._hooks_off()
-        ready = self._ready[clipping]
-        if clipping == "hooks":
-            ready.enable_hooks()
-        return ready
+        set_hooks(self._ready[clipping], on=True)
+        return self._ready[clipping]
 
     def _hooks_off(self) -> None:
-        if (hooked := self._ready.get("hooks")) is not None:
-            hooked.disable_hooks()
+        for ready in self._ready.values():
+            set_hooks(ready, on=False)
 
     def _proximal(self, mu: float) -> Callable[[], None] | None:
         """Adds mu (w - w_0) to each gradient: it depends on no record, so it costs nothing."""

@@ -60,6 +60,7 @@ __all__ = [
     "check_model",
     "prepare",
     "private_step",
+    "set_hooks",
     "with_record_gradients",
 ]
 
@@ -94,6 +95,12 @@ def with_record_gradients(model: nn.Module) -> GradSampleModule:
     # A first layer's inputs need no gradient; torch says so at each step, and it is no problem.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     return GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=True)
+
+
+def set_hooks(model: RecordGradients, *, on: bool) -> None:
+    """Turns hooks on or off; book-keeping has none, and leaves the model alone between steps."""
+    if not isinstance(model, BookKeeping):
+        (model.enable_hooks if on else model.disable_hooks)()
 
 
 def check_model(model: nn.Module, clipping: str = "bookkeeping") -> None:

@@ -94,13 +94,14 @@ class BookKeeping:
             if module in seen:
                 return
             seen.add(module)
-            if is_recurrent(module):
-                self._guarded.append((module, RecurrentGuard(name, module)))
             own = {
                 key: places[id(p)]
                 for key, p in module.named_parameters(recurse=False)
                 if id(p) in places
             }
+            if is_recurrent(module):
+                self._guarded.append((module, RecurrentGuard(name, module)))
+                own = {}  # the parameters are its cells', under other names
             if own and type(module) in _LAYERS:
                 self.layers.append(_LAYERS[type(module)](name, module, own))
             elif own:
@@ -191,13 +192,15 @@ class BookKeeping:
         self.book.close()
 
     def probe(self, batch: Batch) -> None:
-        """Runs the model on made-up batches of two and of three records, without gradients.
+        """Runs the model on made-up batches of three and of four records, without gradients.
 
         A layer that gets positions for rows, or another fixed number, is found out here, also
-        where by chance a real batch has as many records. Raises ModelError.
+        where by chance a real batch has as many records; a layer that gets one row in both is
+        taken to get what all records share. Raises ModelError.
         """
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for rows in (2, 3):
+            self._pass.probing = True
+            for rows in (3, 4):
                 made = Batch(
                     {name: x.new_zeros((rows, *x.shape[1:])) for name, x in batch.inputs.items()},
                     {name: x.new_ones(rows) for name, x in batch.present.items()},
@@ -205,6 +208,7 @@ class BookKeeping:
                 )
                 with self._recording(rows):
                     self.model(made)
+            self._pass.probing = False
         self._probed = True
 
     @contextmanager

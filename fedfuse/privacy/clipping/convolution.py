@@ -80,7 +80,7 @@ class ConvLayer(Layer):
             left, right = (a, gg) if swap else (gg, a)
             product(left, right, out[rows].view(len(a), left.shape[2], right.shape[2]))
         dims = list(range(len(shape)))
-        if _is_channels_last(x):
+        if _last(x, groups):
             dims = [0, *dims[2:], 1]  # (O, kernel, C)
         if swap:
             dims = [*dims[1:], 0]
@@ -132,8 +132,12 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous().as_strided(x.shape, (height * width, 1, width, 1))
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def _last(x: Tensor, groups: int) -> bool:
     """Whether `patches` takes channels last."""
+    return groups == 1 and _is_channels_last(x)
+
+
+def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1
 
 
@@ -155,7 +159,7 @@ def patches(x: Tensor, m: Any, padding: list[int]) -> Tensor:
     p goes over the group's channels and the kernel, as `m.weight` does; over the kernel and the
     channels where x is channels-last.
     """
-    last = _is_channels_last(x)
+    last = _last(x, m.groups)
     if last:
         top, left = padding
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).permute(0, 3, 1, 2)

@@ -43,7 +43,9 @@ class FallbackLayer(Layer):
         args = tuple(self.whole(v) if isinstance(v, Tensor) else v for v in args)
         kwargs = {k: self.whole(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         if not torch.is_grad_enabled():
-            return self.original(*args, **kwargs)
+            outputs = self.original(*args, **kwargs)
+            _tensors(outputs, self)
+            return outputs
         self.calls += 1
         flat = [*args, *kwargs.values()]
         tensors = [v for v in flat if isinstance(v, Tensor)]
@@ -96,8 +98,13 @@ def _tensors(outputs: Any, layer: FallbackLayer) -> tuple[Tensor, ...]:
             "result, for which there is no per-record gradient",
             where="model",
         )
-    for value in found:
-        layer.whole(value)
+    if any(value.dim() < 1 or len(value) != layer.now.rows for value in found):
+        raise ModelError(
+            f"layer {layer.name!r} ({type(layer.module).__name__}) does not give one row for each "
+            "record, for which there is no per-record gradient",
+            where="model",
+            hint="instead of nn.GRU or nn.LSTM take opacus.layers.DPGRU or DPLSTM",
+        )
     return found
 
 

@@ -25,6 +25,7 @@ class Pass:
     def __init__(self, book: Book, device: torch.device) -> None:
         self.book = book
         self.rows = 0
+        self.probing = False
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
 
@@ -46,6 +47,8 @@ class Layer(ABC):
         self.places = dict(places)
         self.alone = True
         """Whether no other layer has a parameter of this one."""
+        self.shared = False
+        """Whether a call gets one row that all records share."""
         self.calls = 0
         self.kept: list[tuple[Tensor, ...]] = []
         """One tuple a call; what is in it is the subclass's affair."""
@@ -89,7 +92,8 @@ class Layer(ABC):
         rows = self.now.rows
         if x.dim() > 1 and x.shape[0] == rows:
             return x
-        if x.dim() > 1 and x.shape[0] == 1:
+        self.shared |= self.now.probing
+        if x.dim() > 1 and x.shape[0] == 1 and self.shared:
             return x.expand(rows, *x.shape[1:])
         raise ModelError(
             f"layer {self.name!r} is not given one row for each record",

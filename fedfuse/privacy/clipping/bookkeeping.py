@@ -158,11 +158,12 @@ class BookKeeping:
             p.grad = None
         with self._recording(len(batch)):
             losses = loss(self.model(batch), batch.target)
-        if losses.requires_grad:
-            losses.sum().backward()
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.end()
+        with torch.autocast(batch.target.device.type, enabled=False):
+            if losses.requires_grad:
+                losses.sum().backward()
+            with torch.no_grad():
+                for layer in self.layers:
+                    layer.end()
         for p in self.parameters:
             if p.grad is not None:
                 self._refuse_outside(p)
@@ -181,14 +182,16 @@ class BookKeeping:
     @torch.no_grad()
     def squares(self, parts: Sequence[Sequence[int]]) -> Tensor:
         """(P, U): by part (places of parameters) and unit, the squared norm of the gradient."""
-        return self.book.squares(parts, self._owners)
+        with torch.autocast(self.parameters[0].device.type, enabled=False):
+            return self.book.squares(parts, self._owners)
 
     @torch.no_grad()
     def add_sums(
         self, parts: Sequence[Sequence[int]], factors: Tensor, sums: Sequence[Tensor]
     ) -> None:
         """Adds to sums[place] the units' gradients times `factors` (P, U), and closes the book."""
-        self.book.add_sums(parts, factors, sums, self._owners)
+        with torch.autocast(self.parameters[0].device.type, enabled=False):
+            self.book.add_sums(parts, factors, sums, self._owners)
         self.book.close()
 
     def probe(self, batch: Batch) -> None:

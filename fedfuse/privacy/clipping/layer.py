@@ -117,6 +117,10 @@ class Layer(ABC):
             book.instantiate(place, sums.to(book.parameters[place].dtype), live)
 
 
+_WORTH_A_LOOK = 1 << 16
+"""Below so many numbers, looking for rows to leave out costs more than it saves."""
+
+
 def live_rows(g: Tensor, sums: Tensor) -> Tensor | None:
     """The records (n,) whose output gradient g (B, ...) is not exactly zero; None: most.
 
@@ -124,6 +128,8 @@ def live_rows(g: Tensor, sums: Tensor) -> Tensor | None:
     of the work can be left out, and the result is the same number. `sums` (B, d), of g over T,
     says where to look.
     """
+    if g.numel() < _WORTH_A_LOOK:
+        return None
     silent = (sums == 0).all(1)
     count = int(silent.sum())
     if count * 4 < len(g) or bool(g[silent].any()):

@@ -92,8 +92,7 @@ class Book:
                 self._columns[place] = slice(stop, stop + p.numel())
                 stop += p.numel()
         self._width = stop
-        self._room: dict[int, Tensor] = {}
-        """Memory for instantiated gradients, -1 for the slab: kept from step to step."""
+        self._kept: Tensor | None = None
 
     def open(self, rows: int) -> None:
         """Begins a pass over `rows` records."""
@@ -107,23 +106,24 @@ class Book:
         self._written.clear()
 
     def room(self, place: int) -> Tensor:
-        """(B, n) to write the gradients of a parameter of n numbers to, before `instantiate`."""
+        """(B, n) to write the gradients of a parameter of n numbers to, before `instantiate`.
+
+        That of a large one is made anew: in the backward pass it takes the place of activations
+        that are no longer needed, where memory kept from the step before would add to the peak.
+        """
         p = self.parameters[place]
         if place in self._columns:
-            return self._memory(-1, self._width, p)[:, self._columns[place]]
-        return self._memory(place, p.numel(), p)
+            return self._rows_of_slab()[:, self._columns[place]]
+        return torch.empty((self.rows, p.numel()), dtype=p.dtype, device=p.device)
 
-    def _memory(self, key: int, width: int, like: Tensor) -> Tensor:
-        have = self._room.get(key)
-        if (
-            have is None
-            or len(have) < self.rows
-            or have.device != like.device
-            or have.dtype != like.dtype
-        ):
-            have = torch.empty((self.rows, width), dtype=like.dtype, device=like.device)
-            self._room[key] = have
-        return have[: self.rows]
+    def _rows_of_slab(self) -> Tensor:
+        """(B, S), kept from step to step."""
+        if self._kept is None or len(self._kept) < self.rows:
+            some = [self.parameters[place] for place in self._columns]
+            dtype = max((p.dtype for p in some), key=lambda kind: kind.itemsize)
+            size = (self.rows, self._width)
+            self._kept = torch.empty(size, dtype=dtype, device=some[0].device)
+        return self._kept[: self.rows]
 
     def enter(self, entry: Entry, live: Tensor | None = None) -> None:
         """Adds an entry, of all records or of those that `live` (n,) numbers."""
@@ -184,7 +184,7 @@ class Book:
         for place in self._columns:
             if place not in self._written:
                 self.room(place).zero_()
-        return self._memory(-1, self._width, self.parameters[next(iter(self._columns))])
+        return self._rows_of_slab()
 
     def squares(self, parts: Sequence[Sequence[int]], owners: Owners | None) -> Tensor:
         """(P, U): by part (places of parameters) and unit, the squared norm of the gradient.

@@ -7,7 +7,7 @@ Both enter under an exclusive lock after a look at the sums of what was spent, c
 the one before by sha256, and are on the disk (SQLite: synchronous = FULL) before they answer. They
 run in turn, in the same folder.
 
-    entries     a second, by one process
+    rounds      reserve and commit, by one process; with fsync, and with none at all
     kill -9     at a random moment while a process enters: acknowledged entries that are missing
                 afterwards, and files that do not open
     plain cp    of the file while a process enters: entries acknowledged before the copy began that
@@ -33,11 +33,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedfuse.errors import LedgerError
 from fedfuse.privacy.chain import Chain
-from fedfuse.privacy.ledger import Kind, Ledger, verify
+from fedfuse.privacy.ledger import Entry, Kind, Ledger, verify
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.spec import Mechanism, Unit
 
@@ -48,8 +48,11 @@ SERVER = "5e" * 32
 class Books(Protocol):
     """What both can do."""
 
-    def reserve(self, request: str) -> None:
+    def reserve(self, request: str) -> object:
         """Enters one step; on return it is on the disk."""
+
+    def commit(self, entry: Any) -> None:
+        """Enters that what `reserve` gave was done; likewise."""
 
     def requests(self) -> set[str]:
         """The requests of all entries, each checked."""
@@ -63,8 +66,8 @@ class Lines:
             Ledger.create(path, node="clinic-a", key=key, anchor=anchor)
         self.ledger = Ledger.open(path, key=key, anchor=anchor)
 
-    def reserve(self, request: str) -> None:
-        self.ledger.reserve(
+    def reserve(self, request: str) -> Entry:
+        return self.ledger.reserve(
             "scans",
             WHAT,
             run="run-1",
@@ -74,6 +77,9 @@ class Lines:
             request=request,
             allow=lambda history: None,
         )
+
+    def commit(self, entry: Entry) -> None:
+        self.ledger.commit(entry)
 
     def requests(self) -> set[str]:
         return {entry.request for entry in self.ledger.entries() if entry.kind is Kind.RESERVED}
@@ -89,26 +95,33 @@ class Rows:
             f"PRAGMA synchronous = {synchronous}",
             "CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, time TEXT, kind TEXT,"
             " dataset TEXT, unit TEXT, q REAL, sigma REAL, clip REAL, steps INTEGER, run TEXT,"
-            " server TEXT, node TEXT, round INTEGER, request TEXT UNIQUE, prev TEXT, hash TEXT)",
+            " server TEXT, node TEXT, round INTEGER, request TEXT, prev TEXT, hash TEXT)",
+            "CREATE UNIQUE INDEX IF NOT EXISTS once ON entries (request, kind)",
             "CREATE TABLE IF NOT EXISTS sums (dataset TEXT PRIMARY KEY, steps INTEGER)",
             "INSERT OR IGNORE INTO sums VALUES ('scans', 0)",
         ):
             self.base.execute(statement)
 
-    def reserve(self, request: str) -> None:
+    def reserve(self, request: str) -> str:
         self.base.execute("BEGIN IMMEDIATE")
         self.base.execute("SELECT steps FROM sums WHERE dataset = 'scans'").fetchone()
         self.enter(request)
         self.base.execute("UPDATE sums SET steps = steps + 1 WHERE dataset = 'scans'")
         self.base.execute("COMMIT")
+        return request
 
-    def enter(self, request: str) -> None:
+    def commit(self, request: str) -> None:
+        self.base.execute("BEGIN IMMEDIATE")
+        self.enter(request, "committed")
+        self.base.execute("COMMIT")
+
+    def enter(self, request: str, kind: str = "reserved") -> None:
         """One row, chained to the last."""
         last = self.base.execute(
             "SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1"
         ).fetchone() or (-1, "0" * 64)
         row = (
-            *(last[0] + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ"), "reserved", "scans", "record"),
+            *(last[0] + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ"), kind, "scans", "record"),
             *(0.25, 1.0, 1.0, 1, "run-1", SERVER, "clinic-a", 1, request, last[1]),
         )
         row = (*row, hashlib.sha256(repr(row).encode()).hexdigest())
@@ -182,34 +195,40 @@ def table(*rows: tuple[object, ...]) -> None:
     sys.stdout.flush()
 
 
-def entries_a_second(folder: Path, count: int = 50, turns: int = 30) -> None:
+def rounds(folder: Path, count: int = 20, turns: int = 15) -> None:
     """In short turns, so that a disk that is busy with something else is so for all."""
     SigningKey.create(folder / "key.pem")
     key, anchor = folder / "key.pem", folder / "anchor"
-    books: dict[str, Books] = {
+    lines: dict[str, Books] = {
         "ledger": Lines(folder / "a"),
         "ledger, signed": Lines(folder / "b", key=key),
         "ledger, signed and anchored": Lines(folder / "c", key=key, anchor=anchor),
-        "SQLite WAL, synchronous = FULL": Rows(folder / "d"),
-        "SQLite WAL, synchronous = NORMAL: not durable": Rows(folder / "e", synchronous="NORMAL"),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in books}
+    safe = lines | {"SQLite WAL, synchronous = FULL": Rows(folder / "d")}
+    unsafe = lines | {"SQLite WAL, synchronous = OFF": Rows(folder / "e", synchronous="OFF")}
+    whole = [*timed_rounds("safe", safe, count, turns)]
+    real = os.fsync
+    os.fsync = lambda handle: None
+    try:
+        whole += timed_rounds("unsafe", unsafe, count, turns)
+    finally:
+        os.fsync = real
+    table(("reserve and commit", "fsync", "median, us", "least, us"), *whole)
+
+
+def timed_rounds(
+    way: str, books: dict[str, Books], count: int, turns: int
+) -> Iterator[tuple[object, ...]]:
+    taken: dict[str, list[float]] = {name: [] for name in books}
     for turn in range(turns):
         for name, each in books.items():
-            begun = time.perf_counter()
             for number in range(count):
-                each.reserve(f"{turn}-{number}")
-            speeds[name].append(count / (time.perf_counter() - begun))
-    table(
-        ("", "entries a second: median of the turns", "least", "most"),
-        *(
-            (
-                name,
-                *(f"{value:.0f}" for value in (statistics.median(found), min(found), max(found))),
-            )
-            for name, found in speeds.items()
-        ),
-    )
+                begun = time.perf_counter()
+                each.commit(each.reserve(f"{way}-{turn}-{number}"))
+                taken[name].append(1e6 * (time.perf_counter() - begun))
+    for name, found in taken.items():
+        fsync = "yes" if way == "safe" else "no"
+        yield name, fsync, f"{statistics.median(found):.0f}", f"{min(found):.0f}"
 
 
 def kill(folder: Path, trials: int) -> None:
@@ -299,13 +318,15 @@ def size(folder: Path, lines: int) -> None:
     }
     found = []
     for name, work in timed.items():
-        seconds = []
+        seconds, busy = [], []
         for _ in range(3):
-            begun = time.perf_counter()
+            begun, cpu = time.perf_counter(), sum(os.times()[:4])
             work()
             seconds.append(time.perf_counter() - begun)
-        found.append((name, f"{statistics.median(seconds):.2f}"))
-    table((f"{lines} lines, {path.stat().st_size >> 20} MiB", "seconds, median of 3"), *found)
+            busy.append(sum(os.times()[:4]) - cpu)
+        found.append((name, f"{statistics.median(seconds):.2f}", f"{statistics.median(busy):.2f}"))
+    head = f"{lines} lines, {path.stat().st_size >> 20} MiB"
+    table((head, "seconds, median of 3", "of CPU"), *found)
 
 
 def main() -> None:
@@ -314,7 +335,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--lines", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, help="on the disk to measure")
-    parser.add_argument("--tables", default="entries,kill,copy,size")
+    parser.add_argument("--tables", default="rounds,kill,copy,size")
     parser.add_argument("--enter", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.enter:
@@ -326,7 +347,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
         folder = Path(temporary)
         for name, measure in (
-            ("entries", lambda: entries_a_second(folder)),
+            ("rounds", lambda: rounds(folder)),
             ("kill", lambda: kill(folder, asked.trials)),
             ("copy", lambda: copy(folder, asked.trials)),
             ("size", lambda: size(folder, asked.lines)),

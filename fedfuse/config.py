@@ -19,6 +19,7 @@ from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS, ModelConfig
 from fedfuse.privacy.spec import CLIPPINGS, PrivacyConfig, Unit
 
 __all__ = [
+    "COMPRESSIONS",
     "ENGINES",
     "STRATEGIES",
     "FederationConfig",
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 ENGINES = ("loopback", "ray")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox", "trimmed-mean", "median")
+COMPRESSIONS = ("none", "fp16", "bf16", "int8", "topk")
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine")
 
@@ -81,6 +83,11 @@ class FederationConfig:
     """Share of the nodes that train in a round."""
     min_nodes: int = 1
     """A round with fewer good updates than this fails the run."""
+    compression: str = "none"
+    """What a node's update travels as: one of COMPRESSIONS, see federation/compression.py. It comes
+    after the noise, so it takes nothing from the guarantee."""
+    compression_keep: float = 0.1
+    """The share of an update that "topk" keeps."""
     round_timeout_s: float = 3600.0
     engine: str = "loopback"
     workers: int = 0
@@ -278,6 +285,7 @@ def _check(config: RunConfig) -> None:
         ("privacy.noise_by", privacy.noise_by, ("nodes", "server")),
         ("federation.strategy", federation.strategy, STRATEGIES),
         ("federation.weighting", federation.weighting, ("equal", "examples")),
+        ("federation.compression", federation.compression, COMPRESSIONS),
         ("federation.engine", federation.engine, ENGINES),
     ):
         if text not in allowed:
@@ -334,6 +342,7 @@ def _check(config: RunConfig) -> None:
         ("federation.proximal_mu", federation.proximal_mu, 0, 1e6),
         ("federation.trim", federation.trim, 0, 0.499),
         ("federation.fraction", federation.fraction, 1e-6, 1),
+        ("federation.compression_keep", federation.compression_keep, 1e-6, 1),
         ("federation.min_nodes", federation.min_nodes, 1, 1_000_000),
         ("federation.round_timeout_s", federation.round_timeout_s, 0.1, 1e7),
         ("federation.workers", federation.workers, 0, 1024),
@@ -371,6 +380,12 @@ def _check_node_unit(config: RunConfig) -> None:
             f'federation.strategy = {federation.strategy!r}, but unit "node" needs a clipped sum, '
             "and a strategy that goes on from its mean",
             hint="take fedavg, fedprox, fedavgm, fedadam or fedyogi",
+        )
+    if federation.compression != "none" and privacy.noise_by == "nodes":
+        raise ConfigError(
+            f'federation.compression = {federation.compression!r}, but with unit "node" and noise '
+            "by nodes the model's epsilon rests on the noise of a plain sum of updates",
+            hint='take compression = "none", or privacy.noise_by = "server"',
         )
     if privacy.noise_nodes > federation.min_nodes:
         raise ConfigError(

@@ -67,6 +67,7 @@ class RunFolder:
         self.path = path
         self.problems: list[str] = []
         """What was wrong with the files read so far, and could be got round."""
+        self._lines_booked: int | None = None
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, *, resume: bool = False) -> RunFolder:
@@ -145,6 +146,12 @@ class RunFolder:
         events = [self._event(line, _RESERVED) for line in tree["events"]]
         return [event for event in events if (event.node, event.round) not in booked]
 
+    def _count(self) -> int:
+        """How many lines the books have. Read once: a run is the only one that writes them."""
+        if self._lines_booked is None:
+            self._lines_booked = len(self._booked())
+        return self._lines_booked
+
     def _booked(self) -> list[Event]:
         return [self._event(line, _EVENTS) for line in self._lines(_EVENTS)]
 
@@ -181,7 +188,8 @@ class RunFolder:
     def begin_round(self, reserved: Iterable[Event]) -> None:
         """Enters what the nodes of a round are about to spend: from now on it counts."""
         lines = [event.as_dict() for event in reserved]
-        self._write_json(_RESERVED, {"after": len(self._booked()), "events": lines})
+        tree = {"after": self._count(), "events": lines}
+        self._replace(_RESERVED, (json.dumps(tree, allow_nan=False) + "\n").encode())
 
     def end_round(
         self, events: Iterable[Event], row: Mapping[str, Any], checkpoint: Checkpoint
@@ -193,7 +201,10 @@ class RunFolder:
 
     def append_events(self, events: Iterable[Event]) -> None:
         """Adds lines to the books, and clears what was reserved for them."""
-        self._append(_EVENTS, [event.as_dict() for event in events])
+        lines = [event.as_dict() for event in events]
+        before = self._count()
+        self._append(_EVENTS, lines)
+        self._lines_booked = before + len(lines)
         with _telling(self.path):
             (self.path / _RESERVED).unlink(missing_ok=True)
 
@@ -209,6 +220,7 @@ class RunFolder:
         """
         rows = [row for row in self._lines(_METRICS) if row["round"] <= round]
         self._replace(_METRICS, _jsonl(rows))
+        self._lines_booked = None
         if events:
             lines = [line for line in self._lines(_EVENTS) if line["round"] <= round]
             self._replace(_EVENTS, _jsonl(lines))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,18 +16,14 @@ from torch import nn
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.privacy.central import noisy_count, private_update, unclipped
-from fedfuse.privacy.dpsgd import (
-    Loss,
-    Part,
-    PrivateOptimizer,
-    RecordGradients,
-    prepare,
-    private_step,
-    set_hooks,
-)
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
 from fedfuse.privacy.spec import REST, Mechanism, Unit, clip_shares
+
+if TYPE_CHECKING:
+    from fedfuse.privacy.dpsgd import Loss, Part, RecordGradients
+# Loaded where a private step is taken: Opacus brings torch.distributed and SciPy's statistics with
+# it, which is half of the time to start, and the process that conducts a run takes no such step.
 
 __all__ = ["Job", "Ran", "Records", "Trainer", "pick_device"]
 
@@ -113,7 +110,12 @@ class Trainer:
         self.device = device
         self._ready: dict[str, RecordGradients] = {}
         # By name in the model itself, so that the hooks' wrapper doesn't show on the wire.
-        self._state = self.model.state_dict(keep_vars=False)
+        frozen = {n for n, p in self.model.named_parameters() if not p.requires_grad}
+        self._state = {
+            name: tensor
+            for name, tensor in self.model.state_dict(keep_vars=False).items()
+            if name not in frozen
+        }
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def load(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
@@ -134,10 +136,18 @@ class Trainer:
                     tensor.copy_(torch.from_numpy(value.copy()))
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
-        """A copy of the model's weights, by name."""
+        """A copy of the model's weights, by name: trained ones and buffers, no frozen ones."""
         return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in self._state.items()}
 
-    @property
+    @cached_property
+    def template(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """By name: the shape and the type ("float32") of each weight."""
+        return {
+            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._state.items()
+        }
+
+    @cached_property
     def trainable(self) -> frozenset[str]:
         """The names of the weights that training changes."""
         return frozenset(n for n, p in self.model.named_parameters() if p.requires_grad)
@@ -196,6 +206,8 @@ class Trainer:
 
     def _parts(self, shares: str) -> tuple[list[Part], list[Part]]:
         """The parts to clip by (none where C is not shared out), and all parts of the model."""
+        from fedfuse.privacy.dpsgd import Part
+
         part_of = getattr(self.model, "part_of", None)
         if part_of is None:
             if shares:
@@ -222,6 +234,8 @@ class Trainer:
         secret: bytes,
         subjects: NDArray[np.int64] | None,
     ) -> Ran:
+        from fedfuse.privacy.dpsgd import PrivateOptimizer, private_step
+
         model = self._prepared(job.clipping)
         parts, watched = self._parts(job.clip_shares)
         private = PrivateOptimizer(
@@ -279,6 +293,8 @@ class Trainer:
 
     def _prepared(self, clipping: str) -> RecordGradients:
         """The model ready for private steps, which it is made once for each way of clipping."""
+        from fedfuse.privacy.dpsgd import prepare, set_hooks
+
         if clipping not in self._ready:
             self._ready[clipping] = prepare(self.model, clipping)
         self._hooks_off()
@@ -286,6 +302,10 @@ class Trainer:
         return self._ready[clipping]
 
     def _hooks_off(self) -> None:
+        if not self._ready:
+            return
+        from fedfuse.privacy.dpsgd import set_hooks
+
         for ready in self._ready.values():
             set_hooks(ready, on=False)
 

@@ -68,7 +68,7 @@ def _bars(accounts: Sequence[Account]) -> Iterator[str]:
     for account in accounts[:MOST_BARS]:
         yield _bar(account, width, most)
     if len(accounts) > MOST_BARS:
-        yield f"and {len(accounts) - MOST_BARS} more, who spent less"
+        yield f"and {len(accounts) - MOST_BARS} more, who spent no more"
 
 
 def _bar(account: Account, width: int, most: float) -> str:

@@ -28,6 +28,7 @@ __all__ = ["LineView", "LiveView", "progress"]
 
 BAR = 40
 RECENT = 5
+_POWERS = ("kB", "MB", "GB", "TB")
 
 
 @contextmanager
@@ -81,6 +82,7 @@ class LineView:
                     *(f"{name} {value:.4g}" for name, value in in_order(record.metrics)[:2]),
                     spent(record),
                     nodes,
+                    f"{size(record.bytes_received)} in, {size(record.bytes_sent)} out",
                     f"{record.seconds:.1f} s",
                     f"{duration(self._clock.left)} left",
                 )
@@ -111,7 +113,7 @@ class LiveView:
         self._finished = []
 
     def node_finished(self, round: int, name: str, problem: str | None) -> None:
-        self._finished = [*self._finished, problem is None]
+        self._finished.append(problem is None)
 
     def round_finished(self, record: RoundRecord) -> None:
         self._clock.tick(record)
@@ -129,6 +131,9 @@ class LiveView:
         table.add_row("nodes", self._nodes(info))
         for name, value in in_order(self._record.metrics) if self._record else ():
             table.add_row(name.replace("_", " "), self._metric(name, value))
+        if self._record is not None:
+            sent, received = size(self._record.bytes_sent), size(self._record.bytes_received)
+            table.add_row("bytes", f"{received} in, {sent} out a round")
         table.add_row("privacy", self._privacy(info))
         return Panel(table, title=headline(info), title_align="left", padding=(0, 1))
 
@@ -204,6 +209,20 @@ def spent(record: RoundRecord) -> str:
         return "NOT PRIVATE"
     allowed = f" of {record.epsilon_allowed:g}" if record.epsilon_allowed else ""
     return f"epsilon {shown(record.epsilon)}{allowed}"
+
+
+def size(count: int) -> str:
+    """A number of bytes as a person says it.
+
+    >>> size(999), size(4_360_000), size(12_000_000_000)
+    ('999 B', '4.4 MB', '12 GB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    value, power = count / 1000, 0
+    while value >= 1000 and power < 3:
+        value, power = value / 1000, power + 1
+    return f"{value:.1f} {_POWERS[power]}" if value < 10 else f"{value:.0f} {_POWERS[power]}"
 
 
 def duration(seconds: float | None) -> str:

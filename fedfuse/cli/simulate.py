@@ -136,6 +136,10 @@ def _run(
     ready = _with_data(config, demo_dir)
     try:
         with progress(quiet=quiet) as view:
+            if config.federation.engine == "loopback":
+                from fedfuse.federation.warm import warm_up
+
+                warm_up()  # loads torch in one process while this one does
             from fedfuse.federation.simulate import simulate as federate
 
             summary = federate(ready, run, observer=view, resume=resume, ledgers=ledgers)

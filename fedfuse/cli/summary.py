@@ -51,6 +51,11 @@ def _lines(summary: Mapping[str, Any], run: Path) -> Iterator[str]:
         yield _row("privacy", f"*** NOT PRIVATE ***  {why}")
     else:
         yield _row("privacy", privacy["statement"])
+    if summary.get("bytes_received"):
+        from fedfuse.cli.progress import size
+
+        sent, received = size(summary["bytes_sent"]), size(summary["bytes_received"])
+        yield _row("bytes", f"{received} from the nodes, {sent} to them, all rounds together")
     for name in ("assumptions", "notes"):
         for index, text in enumerate(summary.get(name) or ()):
             yield _row(name if not index else "", f"- {text}")

@@ -82,9 +82,9 @@ def _by_client(dataset: Dataset, nodes: int) -> tuple[NodeShard, ...]:
 
 
 def _iid(dataset: Dataset, nodes: int, alpha: float, rng: np.random.Generator) -> list[Rows]:
-    flwr = _flwr_partitioners()
-    order = rng.permutation(len(dataset))
-    return _apply(flwr.IidPartitioner(nodes), {"row": order}, nodes)
+    """As flwr-datasets' IidPartitioner, which loads pandas, matplotlib and more for it."""
+    order = rng.permutation(len(dataset)).astype(np.int64)
+    return [np.array(share) for share in np.array_split(order, nodes)]
 
 
 def _quantity(dataset: Dataset, nodes: int, alpha: float, rng: np.random.Generator) -> list[Rows]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +33,7 @@ from fedfuse.errors import DataError
 
 __all__ = ["Prepared", "fingerprint_of", "open_node", "open_split", "prepare"]
 
-_SHARDS = "shards.json"
+_NODES = "nodes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,30 +72,27 @@ class Prepared:
         self.test.save(folder / "test")
         if self.valid is not None:
             self.valid.save(folder / "valid")
-        for number, shard in enumerate(self.shards):
-            np.save(folder / f"shard-{number}.npy", shard.rows)
-        names = self.node_fingerprints or ("",) * len(self.shards)
-        shards = [
-            {"name": shard.name, "absent": shard.absent, "fingerprint": name}
-            for shard, name in zip(self.shards, names, strict=True)
-        ]
-        (folder / _SHARDS).write_text(json.dumps(shards), encoding="utf-8")
+        _write_nodes(folder, self.shards, self.node_fingerprints or ("",) * len(self.shards))
 
 
 def open_node(folder: Path, number: int) -> tuple[str, Dataset]:
-    """(name, train records, memory-mapped) of a node in a folder that `Prepared.write` made."""
+    """(name, train records, memory-mapped) of a node in a folder that `Prepared.write` made.
+
+    The data is mapped once in a process, so many nodes cost no more than their row numbers.
+    """
     try:
-        shard = json.loads((folder / _SHARDS).read_text(encoding="utf-8"))[number]
-        rows = np.load(folder / f"shard-{number}.npy", allow_pickle=False)
+        nodes = _nodes(folder, _stamp(folder))
+        name, rows = nodes.names[number], nodes.rows_of(number)
+        absent = json.loads(str(nodes.absent[number]))
     except (OSError, ValueError, LookupError) as error:
         raise _no_node(folder, number, error) from None
-    return shard["name"], Dataset.open(folder / "train").take(rows, absent=shard["absent"])
+    return str(name), nodes.train.take(rows, absent=absent)
 
 
 def fingerprint_of(folder: Path, number: int) -> str:
     """The fingerprint of a node's records in such a folder. Raises DataError where it has none."""
     try:
-        name = json.loads((folder / _SHARDS).read_text(encoding="utf-8"))[number]["fingerprint"]
+        name = _nodes(folder, _stamp(folder)).fingerprints[number]
     except (OSError, ValueError, LookupError) as error:
         raise _no_node(folder, number, error) from None
     if not name:
@@ -102,6 +102,59 @@ def fingerprint_of(folder: Path, number: int) -> str:
             hint="prepare the data again with fingerprints",
         )
     return str(name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nodes:
+    """All nodes of a folder, memory-mapped."""
+
+    train: Dataset
+    names: NDArray[np.str_]
+    absent: NDArray[np.str_]
+    """As JSON."""
+    fingerprints: NDArray[np.str_]
+    rows: NDArray[np.int64]
+    """Of all nodes, one after the other."""
+    ends: NDArray[np.int64]
+
+    def rows_of(self, number: int) -> NDArray[np.int64]:
+        """The train rows of node `number`. Raises IndexError."""
+        if number < 0:
+            raise IndexError(number)
+        return self.rows[self.ends[number - 1] if number else 0 : self.ends[number]]
+
+
+def _write_nodes(folder: Path, shards: Sequence[NodeShard], fingerprints: Sequence[str]) -> None:
+    columns = {
+        "names": np.array([shard.name for shard in shards], dtype=np.str_),
+        "absent": np.array([json.dumps(shard.absent) for shard in shards], dtype=np.str_),
+        "fingerprints": np.array(fingerprints, dtype=np.str_),
+        "rows": np.concatenate([shard.rows for shard in shards]),
+        "ends": np.cumsum([len(shard.rows) for shard in shards]),
+    }
+    (folder / _NODES).mkdir(exist_ok=True)
+    for name, column in columns.items():
+        np.save(folder / _NODES / f"{name}.npy", column, allow_pickle=False)
+
+
+def _stamp(folder: Path) -> int:
+    """Changes when the folder is written anew."""
+    return (folder / _NODES / "ends.npy").stat().st_mtime_ns
+
+
+@lru_cache(maxsize=2)  # each holds some file descriptors
+def _nodes(folder: Path, stamp: int) -> _Nodes:
+    def column(name: str) -> NDArray[Any]:
+        path = folder / _NODES / f"{name}.npy"
+        try:
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except ValueError:  # an empty array cannot be mapped
+            return np.asarray(np.load(path, allow_pickle=False))
+
+    return _Nodes(
+        Dataset.open(folder / "train"),
+        *(column(name) for name in ("names", "absent", "fingerprints", "rows", "ends")),
+    )
 
 
 def _no_node(folder: Path, number: int, error: Exception) -> DataError:

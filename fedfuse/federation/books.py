@@ -29,7 +29,6 @@ UNSIGNED = "unsigned"
 """In a ledger: the server of a request that nobody signed."""
 
 _KEY = "fedfuse.books"
-_LINES = "events"
 
 
 class Books(Protocol):
@@ -127,38 +126,69 @@ class DurableContext(Context):
 
 
 class StateBooks:
-    """The events of one simulated node, in Flower's state."""
+    """The events of one simulated node, in Flower's state.
+
+    What a round costs does not grow with the rounds before it: equal events are one kind, with
+    their number, and a line for each is put behind the others and never read again:
+
+        kinds    JSON: each kind's fields but round and status
+        counts   how many events are of each kind
+        lines    "request round status kind", the last one the newest
+    """
 
     def __init__(self, context: Context, opening: Iterable[Event] = ()) -> None:
         """`opening`: the events of earlier runs, entered if the books are new."""
         self._context = context
         if _KEY not in context.state:
-            self._write([event.as_dict() | {"request": ""} for event in opening])
+            self._write([], [], "")
+            for event in opening:
+                self._enter(event, "-")
 
     def events(self) -> tuple[Event, ...]:
         """All that the node has reserved or spent."""
-        return tuple(Event(**_without(line, "request")) for line in self._read())
+        kinds, _, lines = self._read()
+        found = []
+        for line in lines.splitlines():
+            _, round, status, kind = line.split()
+            found.append(Event(round=int(round), status=status, **kinds[int(kind)]))
+        return tuple(found)
 
     def reserve(self, event: Event, request: TrainRequest, allow: Allow) -> Callable[[], None]:
         """As `Books.reserve`; the state is put in safety where that can be done."""
-        lines = self._read()
-        if any(line["request"] == request.request for line in lines):
+        kinds, counts, lines = self._read()
+        if f"\n{request.request} " in f"\n{lines}":
             raise PrivacyError(
                 f"request {request.request} was answered before: what was spent on it stays spent"
             )
-        allow(tuple(event.mechanism for event in self.events()))
-        line = dataclasses.replace(event, status="reserved").as_dict()
-        self._write([*lines, line | {"request": request.request}])
+        allow(
+            tuple(
+                dataclasses.replace(mechanism, steps=mechanism.steps * count)
+                for kind, count in zip(kinds, counts, strict=True)
+                for mechanism in [Event(round=0, status="", **kind).mechanism]
+            )
+        )
+        self._enter(dataclasses.replace(event, status="reserved"), request.request)
         if isinstance(self._context, DurableContext):
             self._context.keep()
         return lambda: self._commit(request.request)
 
+    def _enter(self, event: Event, request: str) -> None:
+        kinds, counts, lines = self._read()
+        kind = event.as_dict()
+        round, status = kind.pop("round"), kind.pop("status")
+        if kind not in kinds:
+            kinds, counts = [*kinds, kind], [*counts, 0]
+        place = kinds.index(kind)
+        counts[place] += 1
+        self._write(kinds, counts, f"{lines}{request} {round} {status} {place}\n")
+
     def _commit(self, request: str) -> None:
-        lines = self._read()
-        if not lines or lines[-1]["request"] != request or lines[-1]["status"] != "reserved":
+        kinds, counts, lines = self._read()
+        start = lines.rfind("\n", 0, -1) + 1
+        last, round, status, kind = lines[start:].split() if lines else ("", "", "", "")
+        if last != request or status != "reserved":
             raise PrivacyError("an update was spent that was never reserved", where="books")
-        lines[-1]["status"] = "spent"
-        self._write(lines)
+        self._write(kinds, counts, f"{lines[:start]}{request} {round} spent {kind}\n")
 
     def expose(self, node: str, request: TrainRequest) -> None:
         """Nothing to enter: a simulated node ends with its run, which says NOT PRIVATE."""
@@ -167,13 +197,12 @@ class StateBooks:
         """No ledger."""
         return "", ""
 
-    def _read(self) -> list[dict[str, Any]]:
-        text = self._context.state.config_records[_KEY][_LINES]
-        return list(json.loads(str(text)))
+    def _read(self) -> tuple[list[dict[str, Any]], list[int], str]:
+        state = self._context.state.config_records[_KEY]
+        counts: Any = state["counts"]
+        return json.loads(str(state["kinds"])), list(counts), str(state["lines"])
 
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        self._context.state[_KEY] = ConfigRecord({_LINES: json.dumps(lines)})
-
-
-def _without(line: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name != key}
+    def _write(self, kinds: list[dict[str, Any]], counts: list[int], lines: str) -> None:
+        self._context.state[_KEY] = ConfigRecord(
+            {"kinds": json.dumps(kinds), "counts": counts, "lines": lines}
+        )

@@ -8,6 +8,7 @@ Flower changes one of them.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "MessageGrid",
     "quiet",
     "received",
+    "replies",
     "take_identity",
     "with_id",
 ]
@@ -56,8 +58,35 @@ def received(content: RecordDict, metadata: Metadata) -> Message:
     return message
 
 
+def replies(
+    grid: Grid, messages: Iterable[Message], *, timeout: float | None = None
+) -> Iterator[Message]:
+    """The replies that come within `timeout` seconds, each as soon as it is there.
+
+    Of a grid of Flower's own too, whose `send_and_receive` gives them all at the end.
+    """
+    own = grid if isinstance(grid, MessageGrid) else GridView(grid, ())
+    yield from own.replies(messages, timeout=timeout)
+
+
 class MessageGrid(Grid):
-    """A grid that makes messages as Flower's own grids do."""
+    """A grid that makes messages as Flower's own grids do, and passes replies on as they come."""
+
+    look_s = 1.0
+    """How long to wait before the next look for replies."""
+
+    def replies(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """The replies that come within `timeout` seconds, each as soon as it is there."""
+        waiting = set(self.push_messages(messages))
+        end = None if timeout is None else time.monotonic() + timeout
+        while waiting and (end is None or time.monotonic() < end):
+            for message in list(self.pull_messages(list(waiting))):
+                waiting.discard(message.metadata.reply_to_message_id)
+                yield message
+            if waiting:
+                time.sleep(self.look_s)
 
     def create_message(
         self,

@@ -1,25 +1,29 @@
 """The loopback engine: a Flower Grid whose nodes are answered by worker processes on this machine.
 
-No sockets, no Ray. The workers live as long as the grid, so a model is built once in each; tasks
-go to whichever worker is free. What all nodes get in a round is pickled once and sent once to
-each worker, which gives every node its own copy. A node's state stays with the parent, and goes
-along with each task, so it does not matter which worker answers.
+No sockets, no Ray. The workers live as long as the grid, so a model is built once in each. What all
+nodes get in a round is laid once in memory that all workers map; large replies come back the same
+way. Tasks go to whichever worker is free, several at a time where they are short, and a reply is
+passed on as soon as it is there, so that nothing of it needs to be kept. A node's state stays with
+the parent, and goes along with each task, so it does not matter which worker answers.
 
-A worker that dies takes one task with it: that node's reply is an error, and a new worker takes
-its place. One that is still busy when the time is up is stopped, so that no stale work goes on.
+A worker that dies takes one task with it: that node's reply is an error, the tasks behind it go to
+others, and a new worker takes its place. One that is still busy when the time is up is stopped, so
+that no stale work goes on.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import os
 import pickle
+import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
@@ -29,26 +33,38 @@ from flwr.supercore.run import Run
 
 from fedfuse.errors import FederationError
 from fedfuse.federation.flower import RUN_ID, MessageGrid, take_identity, with_id
-from fedfuse.federation.worker import FAILED, work
+from fedfuse.federation.shared import Packed, Sheet, owned
+from fedfuse.federation.warm import context
+from fedfuse.federation.worker import FAILED, REPLY_SHEETS, Answer, Task, work
 
-__all__ = ["LoopbackGrid", "OnReply", "warm_up", "worker_count"]
+__all__ = ["LoopbackGrid", "OnReply", "threads_of", "worker_count"]
 
 OnReply = Callable[[int, Message], None]
-_PRELOAD = ["fedfuse.federation.preload"]
 _FALSE_STARTS = 3
 """So many workers in a row that end before they are ready are no accident."""
 _DIED = "the worker process died"
+_AHEAD_S = 0.2
+"""A worker is given work for about so long at once: enough that it never waits for more."""
+_MOST_AHEAD = 16
+_AHEAD_BYTES = 1 << 15
+"""Tasks with larger states than this together are not given ahead: a pipe could fill up."""
 
 
 def worker_count(asked: int, nodes: int, gpus: int = 0) -> int:
-    """How many workers to start: as asked, else one for each GPU or core; never more than nodes."""
+    """How many workers to start: as asked, else one for each GPU or core; never more than nodes.
+
+    Workers beyond the number of GPUs share them.
+    """
     return max(1, min(asked or gpus or _cores(), nodes))
 
 
-def warm_up() -> None:
-    """Begins to load torch where workers are forked from, while the caller does something else."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    forkserver.ensure_running()
+def threads_of(number: int, workers: int, cores: int) -> int:
+    """The threads of worker `number` of so many: all cores are shared out, none twice.
+
+    >>> [threads_of(n, 3, 8) for n in range(3)], [threads_of(n, 3, 2) for n in range(3)]
+    ([3, 3, 2], [1, 1, 1])
+    """
+    return max(1, cores // workers + (number < cores % workers))
 
 
 def _cores() -> int:
@@ -61,8 +77,24 @@ class _Worker:
     pipe: Connection
     ready: bool = False
     content: int = 0
-    """Which round's content it holds."""
-    task: Message | None = None
+    """Which content it has been told of."""
+    tasks: deque[Message] = field(default_factory=deque)
+    """What it has been given and has not answered, in order."""
+    sheets: tuple[Sheet, ...] = ()
+    """Where its large replies lie."""
+    since: float = 0.0
+    """When its first task began."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What nodes are asked, and where it lies."""
+
+    content: RecordDict
+    """Kept alive, so that identity tells contents apart."""
+    number: int
+    sheet: Sheet
+    packed: Packed
 
 
 class LoopbackGrid(MessageGrid):
@@ -84,8 +116,9 @@ class LoopbackGrid(MessageGrid):
     ) -> None:
         take_identity()
         self._make_app = make_app
-        self._nodes = {number: dict(config) for number, config in enumerate(nodes, 1)}
-        self._states = {number: pickle.dumps(RecordDict()) for number in self._nodes}
+        self._nodes = nodes
+        self._fresh = pickle.dumps(RecordDict())
+        self._states: dict[int, bytes] = {}
         self._count = worker_count(workers, len(nodes))
         self._on_reply = on_reply
         self._log = log
@@ -93,9 +126,12 @@ class LoopbackGrid(MessageGrid):
         self._false_starts = 0
         self._outbox: list[Message] = []
         self._inbox: dict[str, Message] = {}
-        # Forked from a process that has loaded torch once: no worker loads it again.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
+        self._waiting: deque[Message] = deque()
+        self._task_s = math.inf
+        """How long a task takes, about."""
+        self._request: _Request | None = None
+        self._selector = selectors.DefaultSelector()
+        self._context = context()
         self._workers = [self._start(number) for number in range(self._count)]
 
     # ---- what Flower asks of a grid
@@ -111,7 +147,7 @@ class LoopbackGrid(MessageGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """1 to N."""
-        return list(self._nodes)
+        return range(1, len(self._nodes) + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Takes messages; they are answered when replies are pulled."""
@@ -121,22 +157,29 @@ class LoopbackGrid(MessageGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies to all of `message_ids`, once they are there."""
-        self._answer(None)
-        return [self._inbox.pop(number) for number in message_ids if number in self._inbox]
+        return self._gathered(message_ids, None)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """The replies that came within `timeout` seconds."""
-        numbers = list(self.push_messages(messages))
-        self._answer(timeout)
-        return [self._inbox.pop(number) for number in numbers if number in self._inbox]
+        return self._gathered(self.push_messages(messages), timeout)
 
     # ---- beyond Flower
 
+    def replies(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """The replies that come within `timeout` seconds, each as soon as it is there.
+
+        A reply's arrays are good until the next reply is asked for.
+        """
+        self.push_messages(messages)
+        yield from self._answers(timeout)
+
     def state(self, node: int) -> RecordDict:
         """A copy of the state of `node`."""
-        state: RecordDict = pickle.loads(self._states[node])
+        state: RecordDict = pickle.loads(self._states.get(node, self._fresh))
         return state
 
     @property
@@ -147,16 +190,21 @@ class LoopbackGrid(MessageGrid):
     def close(self) -> None:
         """Ends all workers; those that are idle end by themselves, the others are killed."""
         for worker in self._workers:
+            self._selector.unregister(worker.pipe)
             worker.pipe.close()
-            if worker.task is not None or not worker.ready:
+            if worker.tasks or not worker.ready:
                 worker.process.kill()
         for worker in self._workers:
             worker.process.join(5)
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
-            worker.process.close()
+            self._let_go(worker)
         self._workers = []
+        self._selector.close()
+        if self._request is not None:
+            self._request.sheet.close()
+            self._request = None
 
     def __enter__(self) -> LoopbackGrid:
         return self
@@ -171,72 +219,134 @@ class LoopbackGrid(MessageGrid):
 
     # ---- the round
 
-    def _answer(self, timeout: float | None) -> None:
-        """Hands out all that is in the outbox, and gathers the replies."""
+    def _gathered(self, message_ids: Iterable[str], timeout: float | None) -> list[Message]:
+        """The replies to `message_ids`, in that order, with arrays of their own."""
+        for reply in self._answers(timeout):
+            if reply.has_content():
+                owned(reply.content)
+            self._inbox[reply.metadata.reply_to_message_id] = reply
+        return [self._inbox.pop(number) for number in message_ids if number in self._inbox]
+
+    def _answers(self, timeout: float | None) -> Iterator[Message]:
+        """Hands out all that is in the outbox, and passes on the replies."""
         end = None if timeout is None else time.monotonic() + timeout
-        waiting = deque(self._outbox)
+        self._waiting.extend(self._outbox)
         self._outbox = []
-        blobs = _Blobs()
-        while waiting or any(worker.task is not None for worker in self._workers):
-            for worker in list(self._workers):
-                if worker.ready and worker.task is None and waiting:
-                    self._hand_out(worker, waiting.popleft(), blobs)
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
-                break
-            pipes = [worker.pipe for worker in self._workers]
-            for pipe in wait(pipes, left):
-                self._listen(next(w for w in self._workers if w.pipe is pipe))
-        for worker in list(self._workers):  # the time was up
-            if worker.task is not None:
-                self._replace(worker)
-
-    def _hand_out(self, worker: _Worker, message: Message, blobs: _Blobs) -> None:
-        number, blob = blobs.of(message.content)
-        worker.task = message
-        node = message.metadata.dst_node_id
         try:
-            if worker.content != number:
-                worker.pipe.send(("content", blob))
-                worker.content = number
-            worker.pipe.send(
-                (
-                    "task",
-                    node,
-                    message.metadata,
-                    self._states[node],
-                    self._nodes[node],
-                )
-            )
-        except (BrokenPipeError, ConnectionResetError):
-            self._lost(worker)
+            while self._waiting or any(worker.tasks for worker in self._workers):
+                for worker in list(self._workers):
+                    if worker.ready and self._waiting:
+                        self._hand_out(worker)
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                for key, _ in self._selector.select(left):
+                    yield from self._listen(key.data)
+        finally:  # all are answered, or the time is up, or nobody wants the rest
+            self._waiting.clear()
+            for worker in list(self._workers):
+                if worker.tasks:
+                    self._replace(worker)
 
-    def _listen(self, worker: _Worker) -> None:
+    def _hand_out(self, worker: _Worker) -> None:
+        """Tops up what `worker` has to do. The fewer tasks are left, the fewer at a time, so that
+        all workers end together (Polychronopoulos and Kuck 1987, guided self-scheduling)."""
+        share = math.ceil(len(self._waiting) / (4 * self._count))
+        most = max(1, min(share, int(_AHEAD_S / self._task_s), _MOST_AHEAD))
+        if worker.tasks and len(worker.tasks) > most // 2:
+            return
+        request = self._request_of(self._waiting[0])
+        if worker.tasks and worker.content != request.number:
+            return  # it may still read what it has
+        given = self._next(most - len(worker.tasks), request)
+        if not worker.tasks:
+            worker.since = time.monotonic()
+        worker.tasks.extend(given)
+        try:
+            if worker.content != request.number:
+                worker.pipe.send(("content", request.packed))
+                reduction.send_handle(worker.pipe, request.sheet.descriptor, worker.process.pid)
+                worker.content = request.number
+            tasks = [self._task(message) for message in given]
+            worker.pipe.send(("tasks", tasks))
+        except (BrokenPipeError, ConnectionResetError):
+            worker.ready = False  # what it said before it died is read first
+
+    def _next(self, most: int, request: _Request) -> list[Message]:
+        """The next tasks for one worker, all of one request."""
+        given, size = [self._waiting.popleft()], 0
+        while self._waiting and len(given) < most:
+            message = self._waiting[0]
+            size += len(self._states.get(message.metadata.dst_node_id, b""))
+            if message.content is not request.content or size > _AHEAD_BYTES:
+                break
+            given.append(self._waiting.popleft())
+        return given
+
+    def _task(self, message: Message) -> Task:
+        node = message.metadata.dst_node_id
+        return message.metadata, self._states.get(node, self._fresh), self._nodes[node - 1]
+
+    def _request_of(self, message: Message) -> _Request:
+        """What `message` asks, in shared memory; what all nodes get is laid down once."""
+        last = self._request
+        if last is None or last.content is not message.content:
+            sheet = Sheet()
+            packed = sheet.put(message.content)
+            number = last.number + 1 if last else 1
+            self._request = _Request(message.content, number, sheet, packed)
+            if last is not None:
+                last.sheet.close()
+        assert self._request is not None
+        return self._request
+
+    def _listen(self, worker: _Worker) -> Iterator[Message]:
+        """One thing that `worker` says; a reply is passed on."""
         try:
             said = worker.pipe.recv()
-        except (EOFError, ConnectionResetError, pickle.UnpicklingError):
-            self._lost(worker)
+            if said[0] == "ready":
+                worker.sheets = tuple(
+                    Sheet(reduction.recv_handle(worker.pipe)) for _ in range(REPLY_SHEETS)
+                )
+        except (EOFError, OSError, pickle.UnpicklingError):
+            yield from self._lost(worker)
             return
         match said:
             case ("ready",):
                 worker.ready, self._false_starts = True, 0
             case ("state", node, state):
                 self._states[node] = state
-            case ("done", node, reply, state):
-                self._states[node] = state
-                task, worker.task = worker.task, None
-                if task is not None:
-                    self._deliver(task, reply)
+            case ("done", node, answer, state):
+                if state is not None:
+                    self._states[node] = state
+                self._clock(worker)
+                yield self._reply(worker, worker.tasks.popleft(), answer)
+                if isinstance(answer, tuple):
+                    # Where it has died meanwhile, the next look at its pipe tells.
+                    with suppress(BrokenPipeError, ConnectionResetError):
+                        worker.pipe.send(("free", answer[0]))
 
-    def _deliver(self, task: Message, reply: Message) -> None:
-        self._inbox[task.metadata.message_id] = with_id(reply)
+    def _clock(self, worker: _Worker) -> None:
+        now = time.monotonic()
+        took, worker.since = now - worker.since, now
+        self._task_s = took if math.isinf(self._task_s) else 0.8 * self._task_s + 0.2 * took
+
+    def _reply(self, worker: _Worker, task: Message, answer: Answer) -> Message:
+        if isinstance(answer, tuple):
+            place, packed = answer
+            answer = worker.sheets[place].get(packed)
+        reply = with_id(Message(answer, reply_to=task))
         if self._on_reply is not None:
             self._on_reply(task.metadata.dst_node_id, reply)
+        return reply
 
-    def _lost(self, worker: _Worker) -> None:
-        """A worker died: its task is answered with an error, and another takes its place."""
-        task, worker.task = worker.task, None
-        if not worker.ready:
+    def _lost(self, worker: _Worker) -> Iterator[Message]:
+        """A worker died: the task it was at is answered with an error, the others go back, and
+        another worker takes its place."""
+        task = worker.tasks.popleft() if worker.tasks else None
+        self._waiting.extendleft(reversed(worker.tasks))
+        worker.tasks.clear()
+        if not worker.sheets:  # it never was ready
             self._false_starts += 1
         if self._false_starts >= _FALSE_STARTS:
             raise FederationError(
@@ -247,45 +357,35 @@ class LoopbackGrid(MessageGrid):
             )
         self._replace(worker)
         if task is not None:
-            self._deliver(task, Message(Error(FAILED, _DIED), reply_to=task))
+            yield self._reply(worker, task, Error(FAILED, _DIED))
 
     def _replace(self, worker: _Worker) -> None:
         place = self._workers.index(worker)
-        worker.pipe.close()
         worker.process.kill()
         worker.process.join()
-        worker.process.close()
+        self._let_go(worker)
         self._workers[place] = self._start(place)
+
+    def _let_go(self, worker: _Worker) -> None:
+        """Frees what the parent holds for a worker that has ended."""
+        if not worker.pipe.closed:
+            self._selector.unregister(worker.pipe)
+            worker.pipe.close()
+        for sheet in worker.sheets:
+            sheet.close()
+        worker.process.close()
 
     def _start(self, number: int) -> _Worker:
         ours, theirs = self._context.Pipe()
+        threads = threads_of(number, self._count, _cores())
         process = self._context.Process(
             target=work,
-            args=(theirs, self._make_app, number, max(1, _cores() // self._count), self._log),
+            args=(theirs, self._make_app, number, threads, self._log),
             name=f"fedfuse-{number}",
             daemon=True,
         )
         process.start()
         theirs.close()
-        return _Worker(process, ours)
-
-
-class _Blobs:
-    """Each distinct content of a round, pickled once.
-
-    Numbers are never given twice, so that a worker knows whether it holds one already. The
-    contents are kept alive, so that `id` tells them apart.
-    """
-
-    _last = 0
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[RecordDict, int, bytes]] = {}
-
-    def of(self, content: RecordDict) -> tuple[int, bytes]:
-        """The number and the bytes of `content`."""
-        if id(content) not in self._known:
-            _Blobs._last += 1
-            self._known[id(content)] = (content, _Blobs._last, pickle.dumps(content, protocol=5))
-        _, number, blob = self._known[id(content)]
-        return number, blob
+        worker = _Worker(process, ours)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        return worker

@@ -6,7 +6,8 @@
     4  the round is entered in the books as reserved, if they and the rest of the run as announced
        keep the promise
     5  records are read, and the job is run
-    6  the round is committed in the books, and the update leaves
+    6  the update is brought into the form asked for, the round is committed in the books, and the
+       update leaves
 
 Until step 4 has ended no record has been read and nothing is spent.
 """
@@ -30,18 +31,17 @@ from fedfuse.data.dataset import Dataset
 from fedfuse.data.prepare import open_node
 from fedfuse.errors import FedfuseError, PrivacyError, WireError
 from fedfuse.federation.books import Books
+from fedfuse.federation.compression import compress
 from fedfuse.federation.policy import Policy, scrubbed
 from fedfuse.federation.wire import (
     TrainReply,
     TrainRequest,
     config_digest,
     decode,
-    encode,
     event_of,
-    template_of,
 )
 from fedfuse.models.model import build_model, count_parameters
-from fedfuse.privacy.noise import round_secret
+from fedfuse.privacy.noise import NoiseStream, round_secret
 from fedfuse.privacy.spec import Unit
 from fedfuse.tasks import Task
 from fedfuse.train import Trainer, pick_device
@@ -86,7 +86,7 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
             _check_units(dataset)
         _check_size(request, site.config, dataset.schema)
         trainer = trainer_for(site.config, dataset.schema, worker=site.worker)
-        weights = decode(request.arrays, template_of(trainer.weights()))
+        weights = decode(request.arrays, trainer.template)
         commit = None
         if mechanism is not None:
             reserved = event_of(mechanism, node=name, round=round, status="reserved")
@@ -102,7 +102,13 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
         if ran.signal_to_noise:
             told = ", ".join(f"{part} {value:.3g}" for part, value in ran.signal_to_noise.items())
             _log.info("%s, round %d: signal to noise of a step: %s", name, round, told)
-        arrays = encode(trainer.weights())
+        arrays = compress(
+            trainer.weights(),
+            weights,
+            form=request.compression,
+            keep=request.compression_keep,
+            stream=NoiseStream(_secret(site, request, name), "compression"),
+        )
         if commit is not None and event is not None:
             commit()
             event = dataclasses.replace(event, status="spent")
@@ -155,7 +161,7 @@ def new_trainer(config: RunConfig, schema: Schema, *, worker: int = 0) -> Traine
     return Trainer(model, Task.of(schema.target).loss, device)
 
 
-@lru_cache(maxsize=16)  # each holds some file descriptors
+@lru_cache(maxsize=16)
 def _open(store: str, index: int) -> tuple[str, Dataset]:
     """A node's name and its data set; no record is read before `Dataset.batch`."""
     return open_node(Path(store), index)

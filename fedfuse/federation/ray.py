@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -76,32 +75,31 @@ def run_on_ray(
 class _Stoppable(GridView):
     """A grid that looks for a stop while it waits for replies."""
 
+    look_s = _PULL_S
+
     def __init__(self, grid: Grid, stop: threading.Event) -> None:
         super().__init__(grid, ())
         self._stop = stop
 
     def get_node_ids(self) -> Iterable[int]:
-        """All the nodes of the grid behind it."""
-        if self._stop.is_set():
-            raise KeyboardInterrupt
+        """All the nodes of the grid behind it. Raises KeyboardInterrupt on a stop."""
+        self._look()
         return self._grid.get_node_ids()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the grid behind it. Raises KeyboardInterrupt on a stop."""
+        self._look()
+        return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """The replies that came within `timeout` seconds. Raises KeyboardInterrupt on a stop."""
-        waiting = set(self.push_messages(messages))
-        end = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
-        while waiting and (end is None or time.monotonic() < end):
-            if self._stop.is_set():
-                raise KeyboardInterrupt
-            come = list(self.pull_messages(waiting))
-            replies += come
-            waiting -= {message.metadata.reply_to_message_id for message in come}
-            if waiting:
-                time.sleep(_PULL_S)
-        return replies
+        return list(self.replies(messages, timeout=timeout))
+
+    def _look(self) -> None:
+        if self._stop.is_set():
+            raise KeyboardInterrupt
 
 
 def _gpu_share(workers: int) -> float:

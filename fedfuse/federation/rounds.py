@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedfuse.config import RunConfig, TrainConfig
 from fedfuse.errors import ConfigError, FederationError
-from fedfuse.federation.strategy import Aggregate, GuardedStrategy, Mean
+from fedfuse.federation.flower import replies
+from fedfuse.federation.gathering import Mean
+from fedfuse.federation.strategy import Aggregate, GuardedStrategy
 from fedfuse.federation.wire import (
     TrainRequest,
     Weights,
@@ -73,8 +76,8 @@ def federate(
     """Runs the rounds `first` to `last`, from `weights`.
 
     1. draw nodes; announce the round, the last round and the deadline to each
-    2. gather replies until all are there or the time is up
-    3. check each, aggregate the good ones
+    2. check each reply as it comes and fold it in, until all are there or the time is up
+    3. aggregate the good ones
     4. hand the outcome to `listener`, and go on from its weights
 
     `ask`: from the round and the weights to what each node is asked. `names`: of nodes by number,
@@ -92,18 +95,23 @@ def federate(
         nodes = [message.metadata.dst_node_id for message in messages]
         asked = {node: names.get(node, f"node {node}") for node in nodes}
         listener.round_starts(request, asked)
-        sent = sum(record_bytes(message.content) for message in messages)
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
-        received = sum(record_bytes(reply.content) for reply in replies if reply.has_content())
-        aggregate = strategy.aggregate_train(
+        sent = _bytes_of(messages)
+        gathering = strategy.gather(
             request,
-            replies,
             asked=asked,
+            known=names,
             template=template,
             mean=mean_of(weights, round, len(asked)),
         )
+        received = 0
+        for reply in replies(grid, messages, timeout=timeout):
+            if reply.has_content():
+                received += record_bytes(reply.content)
+            gathering.take(reply)
+        aggregate = strategy.conclude(gathering, template=template)
         weights = aggregate.weights
-        names |= {sender: reply.node for sender, reply in aggregate.replies.items()}
+        # A name counts once an update came under it; a node that fails may not know its own.
+        names |= {n: reply.node for n, reply in aggregate.replies.items() if reply.status == "ok"}
         listener.round_ends(
             Outcome(
                 round=round,
@@ -165,6 +173,15 @@ def expected_batch(config: RunConfig) -> float:
         case Unit.SUBJECT:
             return privacy.sample_rate * privacy.declared_subjects
     return config.train.batch_size
+
+
+def _bytes_of(messages: Sequence[Message]) -> int:
+    """What all arrays in `messages` come to; a content that many nodes get is measured once."""
+    sizes: dict[int, int] = {}
+    for message in messages:
+        if id(message.content) not in sizes:
+            sizes[id(message.content)] = record_bytes(message.content)
+    return sum(sizes[id(message.content)] for message in messages)
 
 
 def learning_rate(train: TrainConfig, round: int) -> float:

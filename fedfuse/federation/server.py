@@ -68,6 +68,7 @@ def serve(grid: Grid, config: RunConfig) -> None:
     resume = (Path(out) / "config.toml").exists()
     folder = RunFolder.create(Path(out), config, resume=resume)
     session = Session(
+        announced=config,
         config=settled.config,
         mechanism=settled.mechanism,
         folder=folder,

@@ -16,11 +16,13 @@ from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
 from fedfuse.evaluate import evaluate
 from fedfuse.federation import spending
+from fedfuse.federation.gathering import Mean
 from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Observer, RoundRecord
 from fedfuse.federation.released import describe
 from fedfuse.federation.rounds import Outcome, expected_batch, federate, job_of
-from fedfuse.federation.strategy import Mean, build_strategy
+from fedfuse.federation.spending import Spent
+from fedfuse.federation.strategy import build_strategy
 from fedfuse.federation.wire import (
     TrainRequest,
     Weights,
@@ -30,11 +32,10 @@ from fedfuse.federation.wire import (
     signed,
 )
 from fedfuse.privacy.adaptive import next_clip_norm
-from fedfuse.privacy.central import noisy_count, noisy_mean
+from fedfuse.privacy.central import NoisyMean, noisy_count
 from fedfuse.privacy.noise import NoiseStream, round_secret
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.spec import Event, Mechanism, Unit
-from fedfuse.privacy.views import by_node
 from fedfuse.runfolder import Checkpoint, RunFolder
 from fedfuse.tasks import Task
 
@@ -45,8 +46,10 @@ __all__ = ["Session"]
 class Session:
     """One run, as its server sees it. A listener of `federate`, and a source for the summary."""
 
+    announced: RunConfig
+    """The configuration as it was written: what nodes have too, and compare by its digest."""
     config: RunConfig
-    """With sigma and declared_records resolved."""
+    """The same with sigma and declared_records resolved; all of that is in what nodes are asked."""
     mechanism: Mechanism | None
     """Of the next round: its clip norm may adapt, nothing else changes."""
     folder: RunFolder
@@ -59,7 +62,8 @@ class Session:
     last: int = 1
     key: SigningKey | None = None
     """Signs what nodes are asked."""
-    events: list[Event] = field(default_factory=list)
+    spent: Spent = field(default_factory=Spent)
+    """What all nodes have reserved or spent so far."""
     names: dict[int, str] = field(default_factory=dict)
     record: RoundRecord | None = None
     """Of the last finished round."""
@@ -88,7 +92,7 @@ class Session:
         checkpoint = self.folder.checkpoint()
         done = checkpoint.round if checkpoint else 0
         self.folder.forget_after(done, events=bool(privacy.noise_seed))
-        self.events = self.folder.events()
+        self.spent = Spent(self.folder.events())
         if checkpoint is not None:
             self._weights = dict(checkpoint.weights)
             self._strategy.restore(dict(checkpoint.strategy))
@@ -101,7 +105,7 @@ class Session:
         notes = [f"resumed after round {done}"]
         if self.mechanism is not None:
             left = spending.rounds_left(
-                by_node(self.events),
+                self.spent.histories(),
                 self.mechanism,
                 self.config.train.rounds - done,
                 epsilon=privacy.epsilon,
@@ -139,12 +143,14 @@ class Session:
                 round=round,
                 rounds=self.last,
                 deadline=time.time() + self.config.federation.round_timeout_s,
-                digest=config_digest(self.config),
+                digest=config_digest(self.announced),
                 task=self.schema.target.kind.value,
                 modalities=self.schema.names,
                 parameters=self.parameters,
                 job=job_of(self.config, self.mechanism, round),
                 arrays=encode(weights),
+                compression=self.config.federation.compression,
+                compression_keep=self.config.federation.compression_keep,
             ),
             self.key,
         )
@@ -175,7 +181,7 @@ class Session:
         self._trainer.load(aggregate.weights)
         metrics = evaluate(self._trainer.model, self.test, self.task, device=self._trainer.device)
         events = self._spent(outcome)
-        self.events += events
+        self.spent.add(events)
         heads = [
             {"round": outcome.round, "node": reply.node, "ledger": reply.ledger, "head": reply.head}
             for reply in aggregate.replies.values()
@@ -189,12 +195,12 @@ class Session:
         for reply in aggregate.replies.values():
             self._tell(outcome.round, reply.node, None)
         privacy = self.config.privacy
-        nodes = by_node(self.events)
+        epsilon = spending.worst(self.spent.histories(), privacy.delta) if self.mechanism else None
         self.record = RoundRecord(
             round=outcome.round,
             rounds=self.last,
             metrics=metrics,
-            epsilon=spending.worst(nodes, privacy.delta) if self.mechanism else None,
+            epsilon=epsilon,
             epsilon_allowed=privacy.epsilon if self.mechanism else None,
             nodes_ok=sum(reply.status == "ok" for reply in aggregate.replies.values()),
             failures=aggregate.failures,
@@ -222,7 +228,7 @@ class Session:
     def abandon(self) -> None:
         """Enters a round that was broken off in the books: what was reserved counts."""
         reserved = self.folder.reserved()
-        self.events += reserved
+        self.spent.add(reserved)
         if reserved:
             self.folder.append_events(reserved)
 
@@ -232,9 +238,8 @@ class Session:
         if mechanism is None or mechanism.unit is not Unit.NODE:
             return None
         by_server = privacy.noise_by == "server"
-        return lambda updates: noisy_mean(
+        return NoisyMean(
             weights,
-            updates,
             self._trainer.trainable,
             asked=asked,
             clip_norm=mechanism.clip_norm,

@@ -24,13 +24,16 @@ from fedfuse.errors import PrivacyError
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.ledgers import check_ledgers, open_ledgers
-from fedfuse.federation.loopback import LoopbackGrid, warm_up, worker_count
+from fedfuse.federation.loopback import LoopbackGrid, worker_count
 from fedfuse.federation.observer import Observer, RunInfo
 from fedfuse.federation.rounds import expected_batch
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
+from fedfuse.federation.warm import warm_up
+from fedfuse.privacy.advice import NOISE_LIMIT
+from fedfuse.privacy.planner import Terms
 from fedfuse.privacy.spec import Event, Unit
 from fedfuse.runfolder import RunFolder
 
@@ -86,6 +89,7 @@ def simulate(
         folder = RunFolder.create(out, config, resume=resume)
         with quiet(folder.log, verbose=verbose):
             session = Session(
+                announced=config,
                 config=settled.config,
                 mechanism=settled.mechanism,
                 folder=folder,
@@ -98,6 +102,7 @@ def simulate(
             )
             if resume:
                 notes += session.resume()
+            notes += _hopeless(session)
             observer.prepared(_info(session, assumptions, notes))
             status, problem = "finished", ""
             try:
@@ -125,7 +130,7 @@ def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool)
     """Hands the session to the engine that the configuration names."""
     if session.first > session.last:
         return
-    config = session.config
+    config = session.announced
     server = make_server_app(config, session.conduct)
     ledgers = tuple(str(path.absolute()) for path in books)
     history = {} if ledgers else _history(session)
@@ -200,11 +205,14 @@ def _subjects(prepared: Prepared, config: RunConfig) -> int:
 
 def _history(session: Session) -> dict[int, tuple[Event, ...]]:
     """What each node has spent before, for its own books."""
-    return {
-        index: tuple(event for event in session.events if event.node == name)
-        for index, name in enumerate(session.nodes)
-        if session.events
-    }
+    if not session.spent:
+        return {}
+    places = {name: index for index, name in enumerate(session.nodes)}
+    found: dict[int, list[Event]] = {}
+    for event in session.folder.events():
+        if event.node in places:
+            found.setdefault(places[event.node], []).append(event)
+    return {index: tuple(events) for index, events in found.items()}
 
 
 def _workers(session: Session) -> int:
@@ -236,6 +244,35 @@ def _info(session: Session, assumptions: tuple[str, ...], notes: tuple[str, ...]
         expected_batch=expected_batch(config),
         assumptions=assumptions,
         notes=notes,
+    )
+
+
+def _hopeless(session: Session) -> tuple[str, ...]:
+    """A note where noise will move the weights farther than the data can; see `fedfuse plan`."""
+    mechanism, config = session.mechanism, session.config
+    if mechanism is None:
+        return ()
+    privacy, federation = config.privacy, config.federation
+    by_server = mechanism.unit is Unit.NODE and privacy.noise_by == "server"
+    asked = max(federation.min_nodes, round(federation.fraction * len(session.nodes)), 1)
+    terms = Terms(
+        unit=mechanism.unit,
+        rounds=config.train.rounds,
+        sample_rate=mechanism.sample_rate,
+        sigma=mechanism.sum_noise,
+        local_steps=mechanism.steps,
+        units=privacy.declared_subjects or privacy.declared_records,
+        parameters=session.parameters,
+        nodes=asked,
+        noise_shared=asked if by_server else privacy.noise_nodes,
+    )
+    ratio = terms.noise_of_run
+    if ratio is None or ratio <= NOISE_LIMIT:
+        return ()
+    return (
+        f"the noise of the run is {ratio:.3g} times the most that its signal can be: expect that "
+        "little or nothing is learned; more units or nodes, fewer parameters or a larger epsilon "
+        "would help",
     )
 
 

@@ -2,18 +2,20 @@
 
 Left alone, a Flower strategy lets one reply with other names end the run, takes NaN and negative
 weights, adds in the order in which replies happen to come, turns float32 into float64, and keeps
-the old weights without a word when every node fails. The guard checks each reply first, sorts by
-node name, restores types, and names who failed and why.
+the old weights without a word when every node fails. The guard checks each reply as it comes, folds
+it into a sum that no order changes, restores types, and names who failed and why. Flower's strategy
+then goes on from the one mean, as from a single node's update; the strategies that rank updates
+(trimmed-mean, median) get all of them, sorted by node name.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     FedAdam,
@@ -28,6 +30,15 @@ from flwr.serverapp.strategy import (
 from fedfuse.config import FederationConfig
 from fedfuse.errors import FederationError, WireError
 from fedfuse.federation.flower import GridView
+from fedfuse.federation.gathering import (
+    ByMean,
+    Everything,
+    Fold,
+    Gathering,
+    Mean,
+    RunningMean,
+    in_type,
+)
 from fedfuse.federation.wire import (
     WEIGHT,
     Template,
@@ -41,8 +52,8 @@ from fedfuse.federation.wire import (
 __all__ = ["Aggregate", "GuardedStrategy", "Mean", "build_strategy"]
 
 Inner = FedAvg
-Mean = Callable[[list[Weights]], Weights]
-"""One model of the good updates of a round, sorted by node."""
+_NEED_ALL = (FedMedian, FedTrimmedAvg)
+"""What cannot be had from a running sum: these keep every update of a round in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +62,8 @@ class Aggregate:
 
     weights: Weights
     replies: dict[int, TrainReply]
-    """All well-formed replies by sender, also those of nodes that refused or failed."""
+    """All well-formed replies by sender, also those of nodes that refused or failed, without
+    their arrays."""
     failures: dict[str, str]
 
 
@@ -128,6 +140,61 @@ class GuardedStrategy:
         )
         return sorted(messages, key=lambda message: message.metadata.dst_node_id)
 
+    def gather(
+        self,
+        request: TrainRequest,
+        *,
+        asked: dict[int, str],
+        template: Template,
+        known: Mapping[int, str] | None = None,
+        mean: Mean | None = None,
+    ) -> Gathering:
+        """What takes the replies to `request`, one by one.
+
+        `asked`: what to call each node that was asked. `known`: the names that nodes answered by
+        before. `mean`: makes one model of the updates before Flower's strategy goes on from it
+        (unit "node").
+        """
+        fold: Fold
+        if mean is not None:
+            fold = ByMean(mean)
+        elif isinstance(self._inner, _NEED_ALL):
+            fold = Everything()
+        else:
+            fold = RunningMean(template)
+        return Gathering(
+            request,
+            fold,
+            asked=asked,
+            known=known or {},
+            template=template,
+            counts=self._counts,
+        )
+
+    def conclude(self, gathering: Gathering, *, template: Template) -> Aggregate:
+        """The new weights, once no more replies come.
+
+        Raises FederationError where fewer than min_nodes replies are good, naming the failures.
+        """
+        gathering.close()
+        round = gathering.request.round
+        if gathering.good < self._min_nodes:
+            raise FederationError(
+                f"{gathering.good} of {len(gathering.asked)} nodes gave a good update, but "
+                f"{self._min_nodes} are needed{_told(gathering.failures)}",
+                where=f"round {round}",
+                hint="see the nodes' own logs; nothing of the rounds before is lost",
+            )
+        updates = [_message(*update) for update in gathering.fold.updates()]
+        arrays, _ = self._inner.aggregate_train(round, updates)
+        if arrays is None:
+            raise FederationError("aggregation gave nothing", where=f"round {round}")
+        return Aggregate(
+            weights=_restored(arrays, template),
+            replies=gathering.replies,
+            failures=gathering.failures,
+        )
+
     def aggregate_train(
         self,
         request: TrainRequest,
@@ -135,72 +202,14 @@ class GuardedStrategy:
         *,
         asked: dict[int, str],
         template: Template,
+        known: Mapping[int, str] | None = None,
         mean: Mean | None = None,
     ) -> Aggregate:
-        """The new weights from the good `replies`.
-
-        `asked`: the name of each node that was asked, as far as the server knows it. `mean`: makes
-        one model of the updates before Flower's strategy goes on from it (unit "node"). Raises
-        FederationError where fewer than min_nodes replies are good, naming the failures.
-        """
-        good, failures = self._sift(request, replies, asked, template)
-        updates = sorted(
-            (reply for reply in good.values() if reply.status == "ok"), key=lambda reply: reply.node
-        )
-        if len(updates) < self._min_nodes:
-            raise FederationError(
-                f"{len(updates)} of {len(asked)} nodes gave a good update, but "
-                f"{self._min_nodes} are needed{_told(failures)}",
-                where=f"round {request.round}",
-                hint="see the nodes' own logs; nothing of the rounds before is lost",
-            )
-        if mean is not None:
-            one = mean([decode(reply.arrays, template) for reply in updates if reply.arrays])
-            updates = [replace(updates[0], arrays=encode(one))]
-        arrays, _ = self._inner.aggregate_train(request.round, [_fresh(r) for r in updates])
-        if arrays is None:
-            raise FederationError("aggregation gave nothing", where=f"round {request.round}")
-        return Aggregate(
-            weights=_restored(arrays, template),
-            replies=good,
-            failures=failures,
-        )
-
-    def _sift(
-        self,
-        request: TrainRequest,
-        replies: Iterable[Message],
-        asked: dict[int, str],
-        template: Template,
-    ) -> tuple[dict[int, TrainReply], dict[str, str]]:
-        """The well-formed replies, each from another node that was asked; and the failures."""
-        good: dict[int, TrainReply] = {}
-        failures: dict[str, str] = {}
-        seen: set[int] = set()
+        """`gather`, all of `replies`, and `conclude`."""
+        gathering = self.gather(request, asked=asked, template=template, known=known, mean=mean)
         for message in replies:
-            sender = message.metadata.src_node_id
-            if sender not in asked or sender in seen:
-                continue
-            seen.add(sender)
-            if message.has_error():
-                failures[asked[sender]] = str(message.error.reason)[:400]
-                continue
-            try:
-                good[sender] = TrainReply.from_record(
-                    message.content, request=request, template=template, counts=self._counts
-                )
-            except WireError as error:
-                failures[asked[sender]] = f"WireError: {error.what}"
-        names = [reply.node for reply in good.values()]
-        for sender, reply in list(good.items()):
-            if names.count(reply.node) > 1:
-                del good[sender]
-                failures[f"{reply.node} (node {sender})"] = "another node goes by the same name"
-            elif reply.status != "ok":
-                failures[reply.node] = reply.problem or reply.status
-        for sender in asked.keys() - seen:
-            failures[asked[sender]] = "no answer within the time limit"
-        return good, dict(sorted(failures.items()))
+            gathering.take(message)
+        return self.conclude(gathering, template=template)
 
     def state(self) -> dict[str, np.ndarray]:
         """The strategy's own arrays, by name: what a checkpoint needs beside the weights."""
@@ -233,25 +242,20 @@ class GuardedStrategy:
             inner.momentum_vector = list(vector.values()) if vector else None
 
 
-def _fresh(reply: TrainReply) -> Message:
+def _message(weights: Weights, weight: float) -> Message:
     """A message for the strategy: it may take arrays out of it, and never sees another record.
 
     Sorted by name, as `encode` does: some strategies pair arrays by their place alone.
     """
-    record = reply.to_record()
-    record["arrays"] = ArrayRecord(dict(sorted((reply.arrays or {}).items())))
-    del record["config"]
-    return GridView.reply(RecordDict(dict(record)))
+    metrics = MetricRecord({WEIGHT: weight})
+    return GridView.reply(RecordDict({"arrays": encode(weights), "metrics": metrics}))
 
 
 def _restored(arrays: ArrayRecord, template: Template) -> Weights:
     """The aggregate in the model's own types. Raises FederationError if it is not finite."""
     weights = {}
     for name, (shape, dtype) in template.items():
-        value = arrays[name].numpy()
-        if np.dtype(dtype).kind in "iub":
-            value = np.rint(value)
-        weights[name] = np.asarray(value, dtype=dtype).reshape(shape)
+        weights[name] = in_type(arrays[name].numpy(), dtype).reshape(shape)
     try:
         return decode(encode(weights), template)
     except WireError as error:

@@ -11,7 +11,6 @@ from fedfuse.federation import spending
 from fedfuse.federation.session import Session
 from fedfuse.privacy import accounting
 from fedfuse.privacy.spec import Mechanism, Unit
-from fedfuse.privacy.views import by_node, of_model
 
 __all__ = ["NOT_PRIVATE", "summarise"]
 
@@ -31,6 +30,7 @@ def summarise(
 ) -> dict[str, Any]:
     """`status` is "finished", "interrupted" or "failed"."""
     task, config = session.task, session.config
+    rows = session.folder.metrics()
     metrics = {
         name: value if math.isfinite(value) else None
         for name, value in session.final_metrics().items()
@@ -58,6 +58,8 @@ def summarise(
         "data_fingerprint": fingerprint,
         "assumptions": list(assumptions),
         "notes": list(notes),
+        "bytes_sent": sum(row["bytes_sent"] for row in rows),
+        "bytes_received": sum(row["bytes_received"] for row in rows),
         "seconds": round(session.seconds, 3),
     }
 
@@ -68,14 +70,13 @@ def _privacy(session: Session) -> dict[str, Any]:
     if mechanism is None:
         return {"private": False, "unit": "none", "statement": NOT_PRIVATE}
     delta = privacy.delta
-    nodes = by_node(session.events)
+    nodes = session.spent.nodes
+    histories = session.spent.histories()
     spent = spending.epsilons(nodes, delta)
     most = max(spent.values(), default=0.0)
-    largest = max(nodes.values(), key=lambda past: sum(m.steps for m in past), default=())
-    rdp = max((accounting.epsilon_rdp(past, delta) for past in set(nodes.values())), default=0.0)
-    opacus = max(
-        (accounting.epsilon_opacus(past, delta) for past in set(nodes.values())), default=0.0
-    )
+    largest = max(histories, key=lambda past: sum(m.steps for m in past), default=())
+    rdp = max((accounting.epsilon_rdp(past, delta) for past in histories), default=0.0)
+    opacus = max((accounting.epsilon_opacus(past, delta) for past in histories), default=0.0)
     server, model, why = _views(session, most)
     shared = server is None or server > most
     whom = (
@@ -142,12 +143,12 @@ def _views(session: Session, most: float) -> tuple[float | None, float, str]:
         return most, most, "post-processing of the updates; no amplification is claimed"
     if privacy.noise_by == "server":
         return None, most, "the server adds the noise to each round's sum"
-    sums = of_model(session.events, privacy.noise_nodes)
+    sums = session.spent.of_model(privacy.noise_nodes)
     model = min(most, accounting.epsilon(sums, privacy.delta)) if sums else 0.0
     own = max(
         (
             accounting.epsilon([_quieter(m, privacy.noise_nodes) for m in past], privacy.delta)
-            for past in set(by_node(session.events).values())
+            for past in session.spent.histories()
         ),
         default=0.0,
     )

@@ -1,6 +1,7 @@
 """What goes between server and node, and nothing else.
 
     to the node     protocol, version          so that both run the same rules
+                    compression                what form the answer must have
                     round, rounds, deadline    so that the node can refuse late work, and count
                                                the whole run against its budget
                     digest                     sha256 of the public configuration: both mean the
@@ -37,8 +38,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,7 +48,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedfuse import __version__
-from fedfuse.config import OPTIMIZERS, RunConfig
+from fedfuse.config import COMPRESSIONS, OPTIMIZERS, RunConfig
 from fedfuse.errors import PrivacyError, WireError
 from fedfuse.privacy import signing
 from fedfuse.privacy.signing import SigningKey
@@ -72,6 +74,9 @@ __all__ = [
 PROTOCOL = 2
 ARRAYS, CONFIG, METRICS, WEIGHT = "arrays", "config", "metrics", "weight"
 STATUSES = ("ok", "refused", "failed")
+_FORMAT = "numpy.ndarray"
+_MOST_HEADER = 4096
+"""NumPy's headers of such arrays take 128 bytes; one that does not end here is refused."""
 _ID = re.compile(r"[0-9a-f]{32}")
 _KEY = re.compile(r"([0-9a-f]{64})?")
 _SIGNATURE = re.compile(r"([0-9a-f]{128})?")
@@ -90,6 +95,7 @@ def template_of(weights: Mapping[str, NDArray[np.generic]]) -> Template:
     return {name: (value.shape, str(value.dtype)) for name, value in weights.items()}
 
 
+@lru_cache(maxsize=8)
 def config_digest(config: RunConfig) -> str:
     """sha256 of what server and nodes must agree on: all but secrets and where things run."""
     tree = config.to_dict()
@@ -100,7 +106,27 @@ def config_digest(config: RunConfig) -> str:
 
 def encode(weights: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
     """`weights` as Flower carries them (NumPy's own format, which has no bfloat16), by name."""
-    return ArrayRecord({name: Array(np.asarray(weights[name])) for name in sorted(weights)})
+    record = ArrayRecord()
+    for name in sorted(weights):
+        value = np.asarray(weights[name])
+        kind, shape = str(value.dtype), value.shape
+        record[name] = Array(kind, shape, _FORMAT, _header(shape, kind) + value.tobytes())
+    return record
+
+
+@lru_cache(maxsize=4096)
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """What NumPy's format has before the numbers of an array in C order."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream,
+        {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": shape,
+        },
+    )
+    return stream.getvalue()
 
 
 def decode(arrays: ArrayRecord, template: Template) -> Weights:
@@ -114,27 +140,36 @@ def decode(arrays: ArrayRecord, template: Template) -> Weights:
 def _decode_one(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
     """Reads NumPy's header before anything is allocated: a header may claim any size."""
     kind = np.dtype(dtype)
-    stream = io.BytesIO(array.data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        found, fortran, found_kind = read(stream)
-    except (ValueError, KeyError, EOFError):
-        raise WireError(f"weight {name!r} is not in NumPy's format") from None
+    header = _header(shape, dtype)
+    if array.data[: len(header)] == header:  # as nearly always; nothing of it is left to read
+        found, fortran, found_kind, start = shape, False, kind, len(header)
+    else:
+        found, fortran, found_kind, start = _read_header(name, array)
     if tuple(found) != shape or tuple(array.shape) != shape:
         raise WireError(f"weight {name!r} has shape {tuple(found)}, but the model's is {shape}")
     if found_kind != kind or array.dtype != dtype:
         raise WireError(f"weight {name!r} has type {found_kind}, but the model's is {dtype}")
-    body = memoryview(array.data)[stream.tell() :]
+    body = memoryview(array.data)[start:]
     if len(body) != math.prod(shape) * kind.itemsize:
         raise WireError(f"weight {name!r} is cut short or too long")
     value = np.frombuffer(body, dtype=kind).reshape(shape, order="F" if fortran else "C")
     if kind.kind == "f" and not np.isfinite(value).all():
         raise WireError(f"weight {name!r} holds values that are not finite")
     return value.copy()
+
+
+def _read_header(name: str, array: Array) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, order, type and length of a header that is not written as we write it."""
+    stream = io.BytesIO(array.data[:_MOST_HEADER])
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        return (*read(stream), stream.tell())
+    except (ValueError, KeyError, EOFError):
+        raise WireError(f"weight {name!r} is not in NumPy's format") from None
 
 
 def record_bytes(record: RecordDict) -> int:
@@ -165,6 +200,10 @@ class TrainRequest:
     """How many weights it trains."""
     job: Job
     arrays: ArrayRecord
+    compression: str = "none"
+    """What the answer must travel as: one of COMPRESSIONS."""
+    compression_keep: float = 1.0
+    """The share that "topk" keeps."""
     server: str = ""
     """The server's public key, 64 hexadecimal digits; empty where it has none."""
     signature: str = ""
@@ -187,6 +226,8 @@ class TrainRequest:
             "task": self.task,
             "modalities": list(self.modalities),
             "parameters": self.parameters,
+            "compression": self.compression,
+            "compression_keep": self.compression_keep,
             "server": self.server,
             "signature": self.signature,
             **_flat("job", self.job, leave="mechanism"),
@@ -239,6 +280,8 @@ class TrainRequest:
             parameters=_take(config, "parameters", int),
             job=job,
             arrays=arrays,
+            compression=_take(config, "compression", str),
+            compression_keep=_take(config, "compression_keep", float),
             server=_take(config, "server", str),
             signature=_take(config, "signature", str),
         )
@@ -262,6 +305,7 @@ class TrainRequest:
             ("rounds", self.rounds, 1, 1_000_000),
             ("round", self.round, 1, self.rounds),
             ("parameters", self.parameters, 1, 10**13),
+            ("compression_keep", self.compression_keep, 1e-6, 1.0),
             ("steps", job.steps, 1, 1_000_000),
             ("learning_rate", job.learning_rate, 0.0, 1e6),
             ("momentum", job.momentum, 0.0, 0.9999),
@@ -276,6 +320,8 @@ class TrainRequest:
                 raise WireError(f"{name} = {value}, but it must be from {low:g} to {high:g}")
         if job.optimizer not in OPTIMIZERS:
             raise WireError(f"optimizer = {job.optimizer[:40]!r} is unknown")
+        if self.compression not in COMPRESSIONS:
+            raise WireError(f"compression = {self.compression[:40]!r} is unknown")
         if job.noise_by not in ("nodes", "server"):
             raise WireError(f"noise_by = {job.noise_by[:40]!r} is unknown")
         if job.mechanism is not None:
@@ -352,6 +398,22 @@ class TrainReply:
 
         `counts`: a weight may be a number of records; otherwise it must be 1.
         """
+
+        def plain(arrays: ArrayRecord) -> Weights:
+            return decode(arrays, template)
+
+        return cls.read(record, request=request, counts=counts, decoder=plain)[0]
+
+    @classmethod
+    def read(
+        cls,
+        record: RecordDict,
+        *,
+        request: TrainRequest,
+        counts: bool,
+        decoder: Callable[[ArrayRecord], Weights],
+    ) -> tuple[TrainReply, Weights | None]:
+        """`from_record`, and the reply's weights as `decoder` reads them: None without any."""
         ok = len(record.array_records) > 0
         arrays, config = _parts(record, needs_arrays=ok)
         _check_versions(config)
@@ -370,9 +432,7 @@ class TrainReply:
         )
         _no_more(config)
         reply._check(request)
-        if reply.arrays is not None:
-            decode(reply.arrays, template)
-        return reply
+        return reply, None if reply.arrays is None else decoder(reply.arrays)
 
     def _check(self, request: TrainRequest) -> None:
         if not (0 < len(self.node) <= 200 and self.node.isprintable()):

@@ -1,14 +1,17 @@
 """A worker process of the loopback engine: waits for tasks, and answers each as a node would.
 
-Between parent and worker goes one tuple at a time, pickled, over a pipe that only these two hold:
+Between parent and worker go tuples, pickled, over a pipe that only these two hold. Weights do not:
+they lie in shared memory (see `shared`), whose descriptor goes over the pipe once.
 
-    parent -> worker   ("content", bytes)                       once a round: what all nodes get
-                       ("task", number, metadata, state, config)  whose content came before
-    worker -> parent   ("ready",)
-                       ("state", number, state)                 books that must outlive a crash
-                       ("done", number, reply, state)
+    parent -> worker   ("content", packed), descriptor    what all nodes get in a round
+                       ("tasks", [(metadata, state, config), ...])    whose content came before
+                       ("free", place)                a reply was read: its sheet may be written on
+    worker -> parent   ("ready",), two descriptors    where large replies lie
+                       ("state", node, state)         books that must outlive a crash
+                       ("done", node, answer, state)  state None: as it was
 
-The pipe ends when the parent does, however it dies, and then the worker ends too.
+An answer is a record, or where it is large (place, packed), or an Error. Tasks are answered in
+their order. The pipe ends when the parent does, however it dies, and then the worker ends too.
 """
 
 from __future__ import annotations
@@ -17,21 +20,32 @@ import logging
 import os
 import pickle
 import signal
+from collections import deque
 from collections.abc import Callable
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
 import torch
-from flwr.app import Error, Message, Metadata, RecordDict, UserConfig
+from flwr.app import Error, Metadata, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 
 from fedfuse.federation.books import DurableContext
 from fedfuse.federation.client import WORKER_VARIABLE
 from fedfuse.federation.flower import RUN_ID, received, take_identity
+from fedfuse.federation.shared import Packed, Sheet
+from fedfuse.federation.wire import record_bytes
 
-__all__ = ["FAILED", "work"]
+__all__ = ["FAILED", "REPLY_SHEETS", "Answer", "Task", "work"]
 
 FAILED = 2
 """Flower's code for a ClientApp that raised."""
+REPLY_SHEETS = 2
+"""While the parent reads one, the worker writes the other."""
+_LARGE = 1 << 16
+"""Replies with so many bytes of arrays go through shared memory; a pipe takes as many at once."""
+
+Task = tuple[Metadata, bytes, UserConfig]
+Answer = RecordDict | tuple[int, Packed] | Error
 
 
 def work(
@@ -49,45 +63,71 @@ def work(
     _log_to(log)
     take_identity()
     try:
-        app = make_app()
-        pipe.send(("ready",))
-        content = b""
-        while True:
-            task = pipe.recv()
-            if task[0] == "content":
-                content = task[1]
-            else:
-                _answer(pipe, app, content, *task[1:])
+        _Worker(pipe, make_app()).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _answer(
-    pipe: Connection,
-    app: ClientApp,
-    content: bytes,
-    number: int,
-    metadata: Metadata,
-    state: bytes,
-    node_config: UserConfig,
-) -> None:
-    """Runs the app on its own copy of the content and of the node's state."""
-    record: RecordDict = pickle.loads(content)
-    message = received(record, metadata)
-    context = DurableContext(
-        run_id=RUN_ID,
-        node_id=metadata.dst_node_id,
-        node_config=node_config,
-        state=pickle.loads(state),
-        keep=lambda books: pipe.send(("state", number, pickle.dumps(books))),
-    )
-    try:
-        reply = app(message, context)
-    except Exception as error:
-        # The class alone: the text of an unforeseen error may quote a record.
-        logging.getLogger("fedfuse.node").warning("%s", error, exc_info=error)
-        reply = Message(Error(FAILED, type(error).__name__), reply_to=message)
-    pipe.send(("done", number, reply, pickle.dumps(context.state)))
+class _Worker:
+    def __init__(self, pipe: Connection, app: ClientApp) -> None:
+        self._pipe = pipe
+        self._app = app
+        self._tasks: deque[Task] = deque()
+        self._request: tuple[Sheet, Packed] | None = None
+        self._sheets = [Sheet() for _ in range(REPLY_SHEETS)]
+        self._free = set(range(REPLY_SHEETS))
+
+    def run(self) -> None:
+        self._pipe.send(("ready",))
+        for sheet in self._sheets:
+            reduction.send_handle(self._pipe, sheet.descriptor, os.getppid())
+        while True:
+            while not self._tasks:
+                self._hear()
+            self._answer(*self._tasks.popleft())
+
+    def _hear(self) -> None:
+        match self._pipe.recv():
+            case ("content", packed):
+                if self._request is not None:
+                    self._request[0].close()
+                self._request = Sheet(reduction.recv_handle(self._pipe)), packed
+            case ("tasks", tasks):
+                self._tasks.extend(tasks)
+            case ("free", place):
+                self._free.add(place)
+
+    def _answer(self, metadata: Metadata, state: bytes, config: UserConfig) -> None:
+        """Runs the app on its own copy of the content and of the node's state."""
+        node = metadata.dst_node_id
+        assert self._request is not None
+        sheet, packed = self._request
+        message = received(sheet.get(packed), metadata)
+        context = DurableContext(
+            run_id=RUN_ID,
+            node_id=node,
+            node_config=config,
+            state=pickle.loads(state),
+            keep=lambda books: self._pipe.send(("state", node, pickle.dumps(books))),
+        )
+        answer: Answer
+        try:
+            reply = self._app(message, context)
+            answer = reply.error if reply.has_error() else self._packed(reply.content)
+        except Exception as error:
+            # The class alone: the text of an unforeseen error may quote a record.
+            logging.getLogger("fedfuse.node").warning("%s", error, exc_info=error)
+            answer = Error(FAILED, type(error).__name__)
+        after = pickle.dumps(context.state)
+        self._pipe.send(("done", node, answer, None if after == state else after))
+
+    def _packed(self, record: RecordDict) -> Answer:
+        if record_bytes(record) < _LARGE:
+            return record
+        while not self._free:
+            self._hear()
+        place = self._free.pop()
+        return place, self._sheets[place].put(record)
 
 
 def _log_to(path: str) -> None:

@@ -22,12 +22,16 @@ Sources
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from decimal import ROUND_CEILING
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from fedfuse.errors import PrivacyError
 from fedfuse.privacy.composition import (
@@ -169,13 +173,12 @@ def epsilon_rdp(mechanisms: Iterable[Mechanism], delta: float) -> float:
 
 
 def epsilon_opacus(mechanisms: Iterable[Mechanism], delta: float) -> float:
-    """The same by Opacus's own RDP accountant. Loads torch; for the report's comparison only.
+    """The same by Opacus's own RDP accountant, for the report's comparison only.
 
     Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1), section 3.3; converted by Balle et al. 2020
     (arXiv:1905.09982), theorem 21, as Opacus 1.6 says.
     """
-    from opacus.accountants.analysis import rdp
-
+    rdp = _opacus_rdp()
     counts = fewer(merged(mechanisms))
     if not counts:
         return 0.0
@@ -186,6 +189,21 @@ def epsilon_opacus(mechanisms: Iterable[Mechanism], delta: float) -> float:
     )
     value, _ = rdp.get_privacy_spent(orders=orders, rdp=total, delta=_checked(delta))
     return float(value)
+
+
+@lru_cache(maxsize=1)
+def _opacus_rdp() -> Any:
+    """opacus.accountants.analysis.rdp, without the package around it, which loads all of torch."""
+    package = importlib.util.find_spec("opacus")
+    if package is None or package.origin is None:
+        raise PrivacyError("Opacus is not installed", hint="pip install opacus")
+    path = Path(package.origin).parent / "accountants" / "analysis" / "rdp.py"
+    spec = importlib.util.spec_from_file_location("fedfuse._opacus_rdp", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
@@ -301,9 +319,26 @@ def within(mechanisms: Iterable[Mechanism], epsilon: float, delta: float) -> boo
 
     Answers of the coarse grid are taken when they say yes (it is pessimistic); a no is checked
     on the fine grid. Absurd requests are answered with no at once. Cached: asking in every round
-    costs nothing after the first.
+    costs nothing after the first, nor does asking for less than what was allowed before.
     """
-    return _within(fewer(merged(mechanisms)), epsilon, delta)
+    counts = fewer(merged(mechanisms))
+    steps = {(q, sigma): number for q, sigma, number in counts}
+    allowed = _allowed.setdefault((epsilon, _checked(delta)), deque(maxlen=8))
+    if any(steps.keys() <= more.keys() and _fewer_steps(steps, more) for more in allowed):
+        return True  # each mechanism left out only takes from the cost
+    answer = _within(counts, epsilon, delta)
+    if answer:
+        allowed.append(steps)
+    return answer
+
+
+_Steps = dict[tuple[float, float], int]
+_allowed: dict[tuple[float, float], deque[_Steps]] = {}
+"""By epsilon and delta: the last answers of `within` that were yes."""
+
+
+def _fewer_steps(some: _Steps, more: _Steps) -> bool:
+    return all(number <= more[kind] for kind, number in some.items())
 
 
 def shown(epsilon: float) -> str:

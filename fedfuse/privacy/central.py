@@ -26,8 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedfuse.privacy.noise import NoiseStream
+from fedfuse.privacy.summation import RunningSum
 
-__all__ = ["noisy_count", "noisy_mean", "private_update", "unclipped"]
+__all__ = ["NoisyMean", "noisy_count", "noisy_mean", "private_update", "unclipped"]
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Update = dict[str, NDArray[np.float64]]
@@ -50,6 +51,42 @@ def private_update(
     return _moved(start, update)
 
 
+class NoisyMean:
+    """`start`, moved by the noised sum of clipped updates over the number of nodes asked.
+
+    Each end is clipped and added as it comes, and not kept: memory is that of a few models. The
+    order in which they come changes nothing.
+    """
+
+    def __init__(
+        self,
+        start: Arrays,
+        trained: Iterable[str],
+        *,
+        asked: int,
+        clip_norm: float,
+        noise_multiplier: float,
+        stream: NoiseStream,
+    ) -> None:
+        """noise_multiplier  0: the nodes clipped and noised already, so nothing is clipped here"""
+        self._start = start
+        self._names = sorted(trained)
+        self._asked = asked
+        self._bound = clip_norm if noise_multiplier else np.inf
+        self._std = noise_multiplier * clip_norm
+        self._stream = stream
+        self._sum = RunningSum({name: start[name].shape for name in self._names})
+
+    def add(self, end: Arrays) -> None:
+        """Adds one node's update, the way from the start to `end`."""
+        self._sum.add(_clipped(self._start, end, self._names, self._bound))
+
+    def mean(self) -> dict[str, NDArray[np.generic]]:
+        """The new weights. Draws the noise, so it is called once."""
+        total = _noised(self._sum.total(), self._std, self._stream)
+        return _moved(self._start, {name: part / self._asked for name, part in total.items()})
+
+
 def unclipped(start: Arrays, end: Arrays, trained: Iterable[str], clip_norm: float) -> bool:
     """Whether the update is as long as it may be, or shorter: b_i of `adaptive`."""
     return _length(_update(start, end, trained)) <= clip_norm
@@ -70,18 +107,18 @@ def noisy_mean(
     noise_multiplier: float,
     stream: NoiseStream,
 ) -> dict[str, NDArray[np.generic]]:
-    """`start`, moved by the noised sum of the clipped updates over `asked`.
-
-    noise_multiplier  0: the nodes have clipped and noised already, so nothing is clipped here
-    """
-    names = sorted(trained)
-    total = {name: np.zeros(start[name].shape) for name in names}
+    """What `NoisyMean` gives of all `ends`."""
+    fold = NoisyMean(
+        start,
+        trained,
+        asked=asked,
+        clip_norm=clip_norm,
+        noise_multiplier=noise_multiplier,
+        stream=stream,
+    )
     for end in ends:
-        bound = clip_norm if noise_multiplier else np.inf
-        for name, part in _clipped(start, end, names, bound).items():
-            total[name] = total[name] + part
-    total = _noised(total, noise_multiplier * clip_norm, stream)
-    return _moved(start, {name: part / asked for name, part in total.items()})
+        fold.add(end)
+    return fold.mean()
 
 
 def _clipped(start: Arrays, end: Arrays, trained: Iterable[str], clip_norm: float) -> Update:

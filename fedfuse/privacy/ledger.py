@@ -376,7 +376,7 @@ class Ledger:
         self._trusted = self._chain.count  # signed here
         if self._anchor is not None:
             anchor = Anchor.of(self._chain, self._key)
-            _write_anchor(anchor, self._anchor)
+            _write_anchor(anchor, self._anchor, entered=True)
             self._noted = anchor.data
         return entries
 
@@ -393,12 +393,15 @@ def _work(entry: Entry) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in names}
 
 
-def _write_anchor(anchor: Anchor, path: Path) -> None:
+def _write_anchor(anchor: Anchor, path: Path, *, entered: bool = False) -> None:
+    """`entered`: after an entry, which stays."""
     try:
         anchor.write(path)
     except OSError as error:
+        what = "the entry counts as spent, but the anchor" if entered else "the anchor"
+        why = ": without its anchor no work may start" if entered else ""
         raise LedgerError(
-            f"the entry counts as spent, but the anchor cannot be written: {error.strerror}",
+            f"{what} cannot be written: {error.strerror}",
             where=str(path),
-            hint=f"{disk.remedy(error)}: without its anchor no work may start",
+            hint=f"{disk.remedy(error)}{why}",
         ) from None

@@ -85,6 +85,32 @@ class Terms:
             return 1.0
         return None if self.units is None else self.units * self.sample_rate
 
+    @property
+    def noise_of_step(self) -> float | None:
+        """The norm of a step's noise against C, the most that its signal can be; None: not known.
+
+        sigma C sqrt(d) / (b sqrt(m)), over C. A step's sum has noise of standard deviation sigma C
+        in each of d coordinates, sqrt(d) times that in norm; it is divided by the expected batch b
+        (Abadi et al. 2016, arXiv:1607.00133v2, algorithm 1); m independent noises are averaged.
+        """
+        batch = self.expected_batch
+        if batch is None:
+            return None
+        noises = self.nodes * self.noise_shared
+        return self.sigma * math.sqrt(self.parameters) / (batch * math.sqrt(noises))
+
+    @property
+    def noise_of_run(self) -> float | None:
+        """The same of all T steps added up, at a constant learning rate: noise_of_step / sqrt(T).
+
+        The noise of T steps is sqrt(T) times that of one; their signal is at most T times C, where
+        all of it points one way. Of the settings it depends on sigma / (q sqrt(T)) alone, the total
+        amount of noise (Sander et al. 2023, arXiv:2210.03403v2). Above 1, the noise has moved the
+        weights farther than the data can have done.
+        """
+        ratio = self.noise_of_step
+        return None if ratio is None else ratio / math.sqrt(self.steps)
+
     def mechanism(self, rounds: int | None = None) -> Mechanism:
         """What one node runs in that many rounds, by default in all. Raises PrivacyError."""
         return Mechanism(
@@ -122,29 +148,13 @@ class Plan:
 
     @property
     def noise_of_step(self) -> float | None:
-        """The norm of a step's noise against C, the most that its signal can be; None: not known.
-
-        sigma C sqrt(d) / (b sqrt(m)), over C. A step's sum has noise of standard deviation sigma C
-        in each of d coordinates, sqrt(d) times that in norm; it is divided by the expected batch b
-        (Abadi et al. 2016, arXiv:1607.00133v2, algorithm 1); m independent noises are averaged.
-        """
-        terms, batch = self.terms, self.terms.expected_batch
-        if batch is None:
-            return None
-        noises = terms.nodes * terms.noise_shared
-        return terms.sigma * math.sqrt(terms.parameters) / (batch * math.sqrt(noises))
+        """As `Terms.noise_of_step`."""
+        return self.terms.noise_of_step
 
     @property
     def noise_of_run(self) -> float | None:
-        """The same of all T steps added up, at a constant learning rate: noise_of_step / sqrt(T).
-
-        The noise of T steps is sqrt(T) times that of one; their signal is at most T times C, where
-        all of it points one way. Of the settings it depends on sigma / (q sqrt(T)) alone, the total
-        amount of noise (Sander et al. 2023, arXiv:2210.03403v2). Above 1, the noise has moved the
-        weights farther than the data can have done.
-        """
-        ratio = self.noise_of_step
-        return None if ratio is None else ratio / math.sqrt(self.terms.steps)
+        """As `Terms.noise_of_run`."""
+        return self.terms.noise_of_run
 
 
 def make_plan(terms: Terms, *, solve: str, points: int = 10) -> Plan:

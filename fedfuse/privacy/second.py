@@ -75,13 +75,20 @@ def bounds(counts: Counts, delta: float) -> tuple[float, float]:
     return low * (1 - FLOAT), high * (1 + FLOAT)
 
 
-def delta_bounds(counts: Counts, epsilon: float) -> tuple[float, float]:
-    """(lower, upper) bound on delta at `epsilon` >= 0: the other way round from `bounds`."""
+def delta_bounds(
+    counts: Counts, epsilon: float, *, tolerance: float = TOLERANCE
+) -> tuple[float, float]:
+    """(lower, upper) bound on delta at `epsilon` >= 0: the other way round from `bounds`.
+
+    tolerance  how far apart they may be, in terms of epsilon; a larger one is quicker
+    """
     _check(counts)
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise PrivacyError(f"epsilon = {epsilon}, but it must be a number from 0 on")
     found = [
-        _compose(counts, side, _plan(counts, side, epsilon=epsilon)).deltas(epsilon)
+        _compose(counts, side, _plan(counts, side, epsilon=epsilon, tolerance=tolerance)).deltas(
+            epsilon
+        )
         for side in _sides(counts)
     ]
     low = max((a for a, _ in found), default=0.0)
@@ -292,7 +299,12 @@ def _between(z: Array) -> Array:
 
 
 def _plan(
-    counts: Counts, side: int, *, delta: float | None = None, epsilon: float | None = None
+    counts: Counts,
+    side: int,
+    *,
+    delta: float | None = None,
+    epsilon: float | None = None,
+    tolerance: float = TOLERANCE,
 ) -> _Plan:
     """Tilt, grid and window for one of the two, from cumulants by quadrature."""
     points = [(*_points(q, sigma, side), steps) for q, sigma, steps in counts]
@@ -325,7 +337,7 @@ def _plan(
         low, high = (low, theta) if enough else (theta, high)
     k, mean, variance = cumulants(theta)
     total = sum(steps for _, _, steps in counts)
-    h = math.sqrt(4 * TOLERANCE * max(mean, 0.005) / (9 * total * (1 + theta)))
+    h = math.sqrt(4 * tolerance * max(mean, 0.005) / (9 * total * (1 + theta)))
     # The window: where Chernoff leaves exp(-30) of the tilted law, and what _gap looks at.
     tries = np.geomspace(0.5, 40, 24) / math.sqrt(variance)
     above = min(((cumulants(theta + s)[0] - k + 30) / s, s) for s in tries)

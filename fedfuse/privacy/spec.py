@@ -6,7 +6,7 @@ Standard library only: reading the books needs no torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -219,4 +219,4 @@ class Event:
 
     def as_dict(self) -> dict[str, Any]:
         """The line as plain values, ready for JSON."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}

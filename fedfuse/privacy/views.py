@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from fedfuse.privacy.spec import Event, Mechanism, Unit
 
-__all__ = ["History", "by_node", "of_model"]
+__all__ = ["History", "by_node", "of_model", "of_sum"]
 
 History = tuple[Mechanism, ...]
 
@@ -49,14 +49,18 @@ def of_model(events: Iterable[Event], noise_nodes: int = 1) -> History:
     for number in sorted(rounds):
         spent = sum(event.status == "spent" for event in rounds[number])
         quietest = min((event.mechanism for event in rounds[number]), key=_noise)
-        views.append(
-            dataclasses.replace(
-                quietest,
-                noise_multiplier=_noise(quietest) * math.sqrt(max(spent, 1) / noise_nodes),
-                count_noise=quietest.count_noise * math.sqrt(max(spent, 1) / noise_nodes),
-            )
-        )
+        views.append(of_sum(quietest, spent, noise_nodes))
     return tuple(views)
+
+
+def of_sum(quietest: Mechanism, spent: int, noise_nodes: int) -> Mechanism:
+    """What one round's sum releases; see `of_model`."""
+    more = math.sqrt(max(spent, 1) / noise_nodes)
+    return dataclasses.replace(
+        quietest,
+        noise_multiplier=quietest.noise_multiplier * more,
+        count_noise=quietest.count_noise * more,
+    )
 
 
 def _noise(mechanism: Mechanism) -> float:

@@ -151,7 +151,9 @@ def of_ledger(*, signed: bool, lines: int, reserved: int) -> tuple[Assumption, .
 
 
 def of_figures(accounts: Sequence[Account]) -> tuple[Assumption, ...]:
-    """Whether budgets were kept, and accountants agree."""
+    """Whether budgets were kept, and accountants agree; nothing where nothing was spent."""
+    if not accounts:
+        return ()
     bounds = [
         (account.name, account.figures.epsilon, account.figures.second) for account in accounts
     ]
@@ -231,7 +233,8 @@ def _sampling(config: RunConfig, events: Sequence[Event]) -> Assumption:
         text=f"each {config.privacy.unit} is drawn on its own with the declared chance q "
         "(Poisson sampling), empty batches included",
         verdict=Verdict.HELD if agrees else Verdict.BROKEN,
-        evidence=f"config.toml declares q = {declared:g}; the books have q = {listed}. "
+        evidence=f"config.toml declares q = {declared:g}; the books have "
+        f"{f'q = {listed}' if events else 'no line yet'}. "
         "That the sampler draws so is held by fedfuse's tests, not by this file",
     )
 
@@ -309,8 +312,8 @@ def _clipping(config: RunConfig, events: Sequence[Event]) -> Assumption:
     return Assumption(
         text="the clip norm is public",
         verdict=Verdict.HELD if norms == [config.privacy.clip_norm] else Verdict.BROKEN,
-        evidence=f"C = {config.privacy.clip_norm:g} in config.toml; in the books "
-        + ", ".join(f"{norm:g}" for norm in norms[:5]),
+        evidence=f"C = {config.privacy.clip_norm:g} in config.toml; the books have "
+        + (f"C = {', '.join(f'{norm:g}' for norm in norms[:5])}" if events else "no line yet"),
     )
 
 

@@ -160,8 +160,9 @@ def of_ledger(path: Path, *, delta: float, allowed: float | None) -> Facts:
                 for name in exposed
             ),
         ),
-        data=tuple(sorted({account.name for account in accounts})),
+        data=tuple(sorted({account.name for account in accounts}.union(exposed))),
         ledgers=(mark,),
+        exposed=tuple(exposed),
     )
 
 

@@ -10,7 +10,7 @@ What it shows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,8 @@ ODD = 1.02
 """A claim this many times what would do is odd, though it misleads nobody to their harm."""
 SAMPLED = 4
 """About as many points of a profile are derived anew, and the one where mu has least room."""
+CLOSE = 1e-3
+"""How close to a profile's points the bounds are."""
 LEAST_DELTA = 1e-10
 """A profile ends here."""
 
@@ -198,7 +200,7 @@ def _curve(account: Tree, counts: Counts) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _least_delta(counts: Counts, epsilon: float) -> float:
-    return second.delta_bounds(counts, epsilon)[0]
+    return second.delta_bounds(counts, epsilon, tolerance=CLOSE)[0]
 
 
 @lru_cache(maxsize=1024)
@@ -287,6 +289,11 @@ def _ledger(found: Examination, path: Path) -> None:
                 found.faults.append(f"{_name(section)}: the ledger is of another node, or key")
             if section["kind"] == "ledger":
                 found.faults += _differences(section, entries[:lines])
+            for name in sorted(_exposed(entries[lines:])):
+                found.notes.append(
+                    f"{_name(section)}: NOT PRIVATE any more: {name} was read later for a run that "
+                    "promises nothing"
+                )
             later = sum(entry.mechanism is not None for entry in entries[lines:])
             if later:
                 found.notes.append(
@@ -301,13 +308,22 @@ def _ledger(found: Examination, path: Path) -> None:
         found.faults.append("nothing in it is about this ledger")
 
 
-def _differences(section: Tree, entries: Iterable[Any]) -> Iterator[str]:
+def _exposed(entries: Iterable[Any]) -> set[str]:
+    """The data sets that a run without a promise has read: no account of theirs holds."""
+    return {entry.dataset for entry in entries if entry.kind == "exposed"}
+
+
+def _differences(section: Tree, entries: Sequence[Any]) -> Iterator[str]:
     """Where a section's accounts are not what these lines of the ledger add up to."""
     said = {
         (account["name"], account["unit"]): _sums(account["releases"])
         for account in section["accounts"]
     }
-    booked = _booked(entries, lambda entry: (entry.dataset, entry.mechanism.unit.value))
+    exposed = _exposed(entries)
+    booked = _booked(
+        (entry for entry in entries if entry.dataset not in exposed),
+        lambda entry: (entry.dataset, entry.mechanism.unit.value),
+    )
     for key in sorted({*said, *booked}):
         if said.get(key) != booked.get(key):
             yield (

@@ -149,6 +149,8 @@ class Facts:
     outcome: Outcome | None = None
     config: RunConfig | None = None
     ledgers: tuple[LedgerMark, ...] = ()
+    exposed: tuple[str, ...] = ()
+    """Data sets of a ledger that a run without a promise has read: no figure holds for these."""
     hashes: tuple[tuple[str, str], ...] = ()
     """sha256 of a run's files, by name."""
 

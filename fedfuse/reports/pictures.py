@@ -113,6 +113,8 @@ def profile(facts: Facts) -> str:
 def attack(facts: Facts) -> str:
     """The most members that an attacker finds, against false alarms."""
     assert facts.detail is not None
+    found = facts.detail.true_positives
+    marks = [(a, found(a), words) for a, (_, words) in zip(ALARMS, attacks(facts), strict=True)][1:]
     percent = Scale(0, 1, tuple((n / 4, f"{25 * n} %") for n in range(5)))
     return _chart(
         facts.detail.attack,
@@ -123,8 +125,9 @@ def attack(facts: Facts) -> str:
         about="the attacker's trade-off: members found at most, against false alarms",
         diagonal=True,
         dots=tuple(
-            (alarms, facts.detail.true_positives(alarms), found)
-            for alarms, (_, found) in zip(ALARMS[1:], attacks(facts)[1:], strict=True)
+            (alarms, found, words)
+            for alarms, found, words in marks
+            if alarms == ALARMS[1] or found - marks[0][1] > 0.1  # else one label on the other
         ),
     )
 
@@ -225,7 +228,7 @@ def _chart(
             room = across + 12 + 6.2 * len(words) < RIGHT
             yield _text(
                 across + (8 if room else -4),
-                height + (16 if rises is room else -8),
+                min(height + 16, BOTTOM - 4) if rises is room else height - 8,
                 words,
                 "start" if room else "end",
                 "label",

@@ -168,7 +168,7 @@ def _budget(facts: Facts) -> Iterator[str]:
     )
     if len(facts.accounts) > MOST_BARS:
         yield (
-            f'<p class="why">{len(facts.accounts) - MOST_BARS} more spent less; the certificate '
+            f'<p class="why">{len(facts.accounts) - MOST_BARS} more spent no more; the certificate '
             "lists them all.</p>\n"
         )
     yield "".join(f"<p>{_e(text)}</p>\n" for text in forecast(facts))

@@ -37,7 +37,7 @@ def together(sections: Sequence[Facts]) -> tuple[Facts, ...]:
 def _together(kind: str, data: str, same: Sequence[Facts]) -> Facts:
     delta = min(section.delta for section in same)
     what = ", ".join(section.name for section in same) if kind == "run" else data
-    private = all(section.private for section in same)
+    private = all(section.private and data not in section.exposed for section in same)
     by_unit: dict[Unit, list[Sequence[Account]]] = {}
     for section in same if private else ():
         for unit in {account.unit for account in section.accounts}:

@@ -72,7 +72,7 @@ class Clinic:
             round=1,
             rounds=config.train.rounds,
             deadline=0.0,
-            digest=config_digest(config),
+            digest=config_digest(self.config),
             task="classification",
             modalities=schema.names,
             parameters=count_parameters(schema, config.model),
@@ -86,10 +86,10 @@ class Clinic:
         self, request: TrainRequest | RecordDict, config: RunConfig | None = None
     ) -> RecordDict:
         """What the node sends back, as it leaves the app."""
-        settled = settle(config or self.config, mean_records=30.0, mean_subjects=30.0).config
+        run_config = (config or self.config).to_flat()
         record = request if isinstance(request, RecordDict) else request.to_record()
         context = Context(
-            1, 1, {"node-file": str(self.folder / "node.toml")}, RecordDict(), settled.to_flat()
+            1, 1, {"node-file": str(self.folder / "node.toml")}, RecordDict(), run_config
         )
         message = with_id(Message(RecordDict(), dst_node_id=1, message_type="train"))
         return self.app(received(record, message.metadata), context).content

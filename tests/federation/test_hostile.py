@@ -19,7 +19,6 @@ from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.prepare import prepare
 from fedfuse.federation import client, node
-from fedfuse.federation.settle import settle
 from fedfuse.federation.wire import config_digest, signed
 from fedfuse.privacy.ledger import Kind
 from fedfuse.privacy.signing import SigningKey
@@ -170,10 +169,9 @@ def test_a_model_too_large_for_memory_is_refused_without_being_built(
 
     huge = config.with_values({"model.dim": 65536, "model.head_width": 65536})
     lying = clinic.request()
-    settled = config_digest(settle(huge, mean_records=30.0).config)
     monkeypatch.setattr(node, "build_model", build)
     said = clinic.said(
-        signed(dataclasses.replace(lying, digest=settled), clinic.server), config=huge
+        signed(dataclasses.replace(lying, digest=config_digest(huge)), clinic.server), config=huge
     )
     assert "but the configuration's model has" in said
     assert unread == []
@@ -244,8 +242,7 @@ def test_noise_does_not_follow_from_what_the_server_configures(
 ) -> None:
     """Neither from its noise seed, nor by calling the run one without a promise."""
     plain = config.with_values({"privacy.unit": "none"})
-    settled = dataclasses.replace(plain.with_defaults(), seed=config.seed)
-    digest = config_digest(settled)
+    digest = config_digest(plain)
     seen = []
     for run in range(4):
         asked = clinic.request(run=f"{run:032x}", rounds=1)

@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedfuse.errors import FederationError
 from fedfuse.federation.books import DurableContext
 from fedfuse.federation.flower import SERVER_ID, received, take_identity, with_id
-from fedfuse.federation.loopback import LoopbackGrid, worker_count
+from fedfuse.federation.loopback import LoopbackGrid, threads_of, worker_count
 
 
 def make_echo() -> ClientApp:
@@ -52,6 +52,19 @@ def make_echo() -> ClientApp:
         order["seen"] = True
         message.content.array_records["arrays"].clear()
         return Message(reply, reply_to=message)
+
+    return app
+
+
+def make_large() -> ClientApp:
+    """Answers with 100,000 numbers, each the node's own."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        seen = message.content.array_records["arrays"]["0"].numpy()
+        values = np.full(100_000, context.node_id + float(seen.sum()), np.float32)
+        return Message(RecordDict({"arrays": ArrayRecord([values])}), reply_to=message)
 
     return app
 
@@ -144,6 +157,85 @@ def test_what_is_not_there_in_time_is_left_out_and_stopped() -> None:
         assert sorted(replies) == [2, 3, 4]
         assert len(before - set(nodes.pids)) == 1
         assert sorted(ask(nodes)) == [1, 2, 3, 4]
+
+
+def test_large_replies_come_whole_one_by_one_and_together() -> None:
+    settings = [{"partition-id": index} for index in range(9)]
+    content = RecordDict({"arrays": ArrayRecord([np.ones(10, np.float32)])})
+
+    def asked() -> list[Message]:
+        return [Message(content, dst_node_id=n, message_type="train") for n in range(1, 10)]
+
+    def right(reply: Message) -> bool:
+        values = reply.content.array_records["arrays"]["0"].numpy()
+        return values.shape == (100_000,) and bool(
+            (values == reply.metadata.src_node_id + 10).all()
+        )
+
+    with LoopbackGrid(make_large, settings, workers=2) as nodes:
+        seen = [(right(reply), reply.metadata.src_node_id) for reply in nodes.replies(asked())]
+        assert sorted(seen) == [(True, node) for node in range(1, 10)]
+        together = list(nodes.send_and_receive(asked()))
+        assert [reply.metadata.src_node_id for reply in together] == list(range(1, 10))
+        assert all(right(reply) for reply in together)
+
+
+def test_messages_that_differ_are_each_answered_for_themselves() -> None:
+    settings = [{"partition-id": index} for index in range(6)]
+    with LoopbackGrid(make_large, settings, workers=2) as nodes:
+        asked = [
+            Message(
+                RecordDict({"arrays": ArrayRecord([np.full(1, n * 100, np.float32)])}),
+                dst_node_id=n,
+                message_type="train",
+            )
+            for n in range(1, 7)
+        ]
+        for reply in nodes.replies(asked):
+            values = reply.content.array_records["arrays"]["0"].numpy()
+            assert values[0] == 101 * reply.metadata.src_node_id
+
+
+def test_tasks_behind_one_that_dies_go_to_others() -> None:
+    with grid(nodes=60) as nodes:
+        ask(nodes)  # now it is known how short they are, and many are given at once
+        replies = ask(nodes, die=30)
+        assert [n for n, reply in replies.items() if reply.has_error()] == [30]
+        assert sorted(replies) == list(range(1, 61))
+        again = ask(nodes)
+        assert {n: said(reply, "count") for n, reply in again.items()} == dict.fromkeys(again, 3)
+
+
+def test_who_wants_no_more_replies_leaves_no_stale_work() -> None:
+    with grid() as nodes:
+        while len({said(reply, "pid") for reply in ask(nodes).values()}) < 2:
+            pass  # until both workers are there
+        content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord({"sleep": 2})})
+        asked = [Message(content, dst_node_id=n, message_type="train") for n in (1, 2, 3)]
+        before = set(nodes.pids)
+        for reply in nodes.replies(asked):
+            assert reply.metadata.src_node_id != 2
+            break
+        assert before - set(nodes.pids)
+        assert sorted(ask(nodes)) == [1, 2, 3, 4]
+
+
+def test_many_nodes_open_no_more_files_than_few() -> None:
+    def files(pids: tuple[int, ...]) -> list[int]:
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), *pids)]  # noqa: PTH208
+
+    with grid(nodes=400) as nodes:
+        ask(nodes)
+        before = files(nodes.pids)
+        for _ in range(3):
+            assert len(ask(nodes)) == 400
+        assert files(nodes.pids) == before
+
+
+def test_all_cores_are_shared_out_and_none_twice() -> None:
+    for workers in range(1, 9):
+        assert sum(threads_of(n, workers, 8) for n in range(workers)) == 8
+    assert [threads_of(n, 5, 2) for n in range(5)] == [1] * 5
 
 
 def test_an_error_leaves_without_its_text() -> None:

@@ -370,3 +370,13 @@ def test_loopback_and_ray_give_the_same_model(make_config: MakeConfig, tmp_path:
     expected, _ = RunFolder.open(tmp_path / "one").model()
     for name, value in RunFolder.open(tmp_path / "other").model()[0].items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("declared", "hopeless"), [(1, True), (100_000, False)])
+def test_a_run_in_which_noise_drowns_the_signal_says_so(
+    make_config: MakeConfig, tmp_path: Path, declared: int, hopeless: bool
+) -> None:
+    config = make_config(privacy__declared_records=declared, train__rounds=1)
+    summary = simulate(config, tmp_path / "run", observer=Silent())
+    said = [note for note in summary["notes"] if "the noise of the run is" in note]
+    assert bool(said) == hopeless

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,13 @@ def at(fraction: float, length: int) -> int:
 def some(part: float, length: int) -> int:
     """How many of `length` bytes: all of them for 1 alone."""
     return length if part == 1 else at(part, length)
+
+
+def fork() -> int:
+    """os.fork, of which newer Pythons warn beside threads: the child needs none of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def die_within(part: float) -> None:
@@ -296,7 +304,7 @@ class Books(RuleBasedStateMachine):
         """A process enters, and SIGKILL ends it within a write to the ledger, or to the anchor."""
         reader, writer = os.pipe()
         requests = [self.request() for _ in range(after + 1)]
-        process = os.fork()
+        process = fork()
         if process == 0:
             try:
                 os.close(reader)
@@ -325,7 +333,7 @@ class Books(RuleBasedStateMachine):
     def kill_before_the_anchor_is_written(self, handle: int, where: float) -> None:
         """The entry is whole, its anchor is not: it counts."""
         request = self.request()
-        process = os.fork()
+        process = fork()
         if process == 0:
             try:
                 real, write = os.pwrite, disk.replace

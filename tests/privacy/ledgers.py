@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,16 @@ def mechanism(steps: int = 4, *, q: float = 0.25, sigma: float = 1.0, C: float =
     )
 
 
-def up_to(limit: int, steps: int) -> Callable[[tuple[Mechanism, ...]], None]:
-    """Allows `steps` more where that makes at most `limit`: a budget that is quick to compute."""
+def up_to(
+    limit: int, steps: int, *, slowly_s: float = 0.0
+) -> Callable[[tuple[Mechanism, ...]], None]:
+    """Allows `steps` more where that makes at most `limit`: a budget that is quick to compute.
+
+    slowly_s   how long it takes: those who do not wait for each other then meet
+    """
 
     def allow(history: tuple[Mechanism, ...]) -> None:
+        time.sleep(slowly_s)
         spent = sum(mechanism.steps for mechanism in history)
         if spent + steps > limit:
             raise BudgetExceeded(f"{spent} + {steps} steps are more than {limit}")

@@ -1,10 +1,12 @@
 """A process that spends until it is refused or killed, and says what it was told is spent.
 
     python -m tests.privacy.spender LEDGER NAME LIMIT [--key KEY] [--anchor FILE] [--dies SEED]
+        [--slowly]
 
 It waits for a line on stdin, so that several can be let go at once. After each reservation and
 each commit it prints a line; what it printed, it was told. At the end of the budget it prints
 "refused". With --dies it kills itself by SIGKILL within a drawn write to the ledger.
+With --slowly each decision takes two milliseconds.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def main() -> None:
     parser.add_argument("--key", type=Path)
     parser.add_argument("--anchor", type=Path)
     parser.add_argument("--dies", type=int, metavar="SEED")
+    parser.add_argument("--slowly", action="store_true")
     asked = parser.parse_args()
+    allow = up_to(asked.limit, 1, slowly_s=0.002 * asked.slowly)
     ledger = Ledger.open(asked.ledger, key=asked.key, anchor=asked.anchor)
     if asked.dies is not None:
         die_in_a_write(asked.ledger, random.Random(asked.dies))
@@ -62,7 +66,7 @@ def main() -> None:
     for number in range(1_000_000):
         request = f"{asked.name}-{os.getpid()}-{number}"
         try:
-            entry = spend(ledger, request, what=mechanism(1), allow=up_to(asked.limit, 1))
+            entry = spend(ledger, request, what=mechanism(1), allow=allow)
         except BudgetExceeded:
             break
         say("reserved", entry.number, entry.hash)

@@ -4,8 +4,7 @@
 
 sequences   of tests.privacy.books: reserve, commit, replay, import, crash, kill, full and broken
             disks, tampering; each is a ledger of its own
-kills       of processes that race for one budget, by SIGKILL at a random moment, until nothing is
-            left of it; by the thousand where --folder is a disk
+kills       of processes that race for one budget, by SIGKILL at a random moment
 
 It ends with 1, and a way to see it again, where anything did not hold.
 """

@@ -130,7 +130,7 @@ def test_processes_that_race_for_the_last_of_the_budget_never_overspend(tmp_path
     path, limit = tmp_path / "node.ledger", 60
     Ledger.create(path, node="clinic-a")
     with ExitStack() as stack:
-        processes = [stack.enter_context(spender(path, name, limit)) for name in "abcd"]
+        processes = [stack.enter_context(spender(path, name, limit, "--slowly")) for name in "abcd"]
         for process in processes:
             let_go(process)
         told = [said(process) for process in processes]

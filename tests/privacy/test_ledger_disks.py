@@ -142,9 +142,15 @@ def test_commands_say_that_the_disk_is_full(small: Path, tmp_path: Path, say: Sa
         6,
         [f"error: {path}: cannot write, so nothing was entered: {full}", hint],
     )
-    code, words = say("ledger", "anchor", path, small / "anchor")
-    assert (code, len(words)) == (6, 2)
-    assert f"error: {small}/anchor: " in words[0]
+    for words in (
+        ("anchor", path, small / "anchor"),
+        ("init", tmp_path / "new", "--node", "a", "--anchor", small / "anchor"),
+    ):
+        assert say("ledger", *words) == (
+            6,
+            [f"error: {small}/anchor: the anchor cannot be written: {full}", hint],
+        )
+    assert not (tmp_path / "new").exists()
     assert sorted(file.name for file in small.iterdir()) == ["filler", "node.ledger"]
     assert path.read_bytes() == before
     assert say("ledger", "show", path) == (0, [])

@@ -225,3 +225,13 @@ def test_second_needs_neither_torch_nor_dp_accounting() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'dp_accounting', 'opacus')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1.5, 4.0])
+def test_quicker_bounds_on_delta_are_wider_and_hold(epsilon: float) -> None:
+    counts = [(0.05, 0.9, 20), (0.25, 1.5, 12)]
+    low, high = second.delta_bounds(counts, epsilon)
+    wider = second.delta_bounds(counts, epsilon, tolerance=1e-3)
+    assert wider[0] <= high
+    assert low <= wider[1]
+    assert wider[1] - wider[0] > high - low

@@ -21,7 +21,7 @@ from fedfuse.reports.figures import rounds_left
 from fedfuse.reports.together import together
 from fedfuse.reports.wording import floor, forecast, meaning, percent
 from fedfuse.runfolder import RunFolder
-from tests.reports.books import STEP, event, rounds, write_ledger, write_run
+from tests.reports.books import STEP, event, expose, rounds, write_ledger, write_run
 
 DELTA = 1e-5
 NODE = dataclasses.replace(STEP, unit=Unit.NODE, sample_rate=1.0, noise_multiplier=3.0, steps=1)
@@ -225,6 +225,21 @@ def test_figures_of_two_units_are_kept_apart_and_told(tmp_path: Path) -> None:
     assert {a.unit for a in facts.accounts} == {Unit.RECORD, Unit.NODE}
     assert len(facts.statements) == 2
     assert len(facts.problems) == 1
+
+
+def test_no_figure_holds_for_what_a_run_without_a_promise_has_read(tmp_path: Path) -> None:
+    for name in ("l1", "l2"):
+        write_ledger(tmp_path / name, [("scans", STEP), ("notes", STEP)])
+    expose(tmp_path / "l1", "scans")
+    one, other = (of_ledger(tmp_path / n, delta=DELTA, allowed=None) for n in ("l1", "l2"))
+    assert [account.name for account in one.accounts] == ["notes"]
+    assert any("NOT PRIVATE: scans" in problem for problem in one.problems)
+    joint = {section.data: section for section in together([one, other])}
+    assert not joint["scans",].private
+    assert joint["scans",].accounts == ()
+    assert joint["notes",].private
+    expose(tmp_path / "l1", "notes")
+    assert not of_ledger(tmp_path / "l1", delta=DELTA, allowed=None).private
 
 
 def test_a_ledger_that_was_changed_gives_no_report(tmp_path: Path) -> None:

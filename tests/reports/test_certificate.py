@@ -23,7 +23,8 @@ from fedfuse.reports import examination
 from fedfuse.reports.budget import of_ledger, of_run
 from fedfuse.reports.certificate import PURPOSE, Tree, certify, parse, signed_part, text
 from fedfuse.reports.examination import Examination, examine
-from tests.reports.books import STEP, rounds, write_ledger, write_run
+from fedfuse.reports.statement import Statement, sentence
+from tests.reports.books import STEP, expose, rounds, write_ledger, write_run
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 DELTA = 1e-5
@@ -278,6 +279,22 @@ def test_parts_that_do_not_fit_together_are_faults(
     assert check(resigned(changed(of_the_run, change), key)).faults
 
 
+def test_a_statement_below_its_accounts_is_caught_though_its_words_fit(
+    of_the_run: Tree, key: SigningKey
+) -> None:
+    def understate(section: Tree) -> None:
+        for one in section["statements"]:
+            one["epsilon"] = 0.1
+        statements = [
+            Statement(**(one | {"unit": Unit(one["unit"])})) for one in section["statements"]
+        ]
+        section["statement"] = sentence(statements, section["delta"])
+
+    faults = check(resigned(changed(of_the_run, understate), key)).faults
+    assert len(faults) == 2
+    assert all("epsilon = 0.1 is stated, but the accounts" in fault for fault in faults)
+
+
 def test_an_empty_certificate_says_nothing(of_the_run: Tree, key: SigningKey) -> None:
     assert check(resigned(of_the_run | {"sections": []}, key)).faults
 
@@ -353,6 +370,23 @@ def test_what_was_released_later_is_told(folder: Path, of_the_ledger: Tree, tmp_
     found = check(of_the_ledger, ledger=later)
     assert found.faults == []
     assert any("1 releases came later" in note for note in found.notes)
+
+
+def test_data_that_a_run_without_a_promise_read_is_told(
+    folder: Path, of_the_ledger: Tree, key: SigningKey, tmp_path: Path
+) -> None:
+    later = tmp_path / "ledger"
+    later.write_bytes((folder / "ledger").read_bytes())
+    later.chmod(0o600)
+    expose(later, "scans")
+    found = check(of_the_ledger, ledger=later)
+    assert found.faults == []
+    assert any("NOT PRIVATE any more: scans" in note for note in found.notes)
+    now = certify([of_ledger(later, delta=DELTA, allowed=8.0)], now=NOW, key=key)
+    assert [account["name"] for account in now["sections"][0]["accounts"]] == ["notes"]
+    found = check(now, ledger=later)
+    assert found.faults == []
+    assert any("NOT PRIVATE: scans" in note for note in found.notes)
 
 
 def _drop_a_data_set(section: Tree) -> None:

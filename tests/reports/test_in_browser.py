@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from fedfuse.privacy.spec import Unit
 from fedfuse.reports.budget import of_ledger, of_run
 from fedfuse.reports.privacy_page import page
 from fedfuse.reports.together import together
@@ -21,6 +23,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH"),
 ]
+NODE = dataclasses.replace(STEP, unit=Unit.NODE, sample_rate=1.0, noise_multiplier=0.7, steps=1)
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 LONG = "scans-of-the-thorax-department-2019-2026-" + "x" * 80
 NAMES = (
@@ -29,7 +32,7 @@ NAMES = (
     "<script>document.title='run'</script>",
     '"><img src=http://a.example/x>',
 )
-KINDS = ("run", "none", "ledger", "together")
+KINDS = ("run", "none", "shared", "ledger", "together")
 
 
 class Written(NamedTuple):
@@ -45,6 +48,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     folder = tmp_path_factory.mktemp("pages")
     run = of_run(write_run(folder / "run", [*rounds(3, *NAMES), event(NAMES[0], 4)]))
     none = of_run(write_run(folder / "none", [], privacy__unit="none"))
+    shared = of_run(
+        write_run(
+            folder / "shared",
+            rounds(4, *"abcd", one=NODE),
+            privacy__unit="node",
+            privacy__noise_nodes=4,
+            federation__min_nodes=4,
+        )
+    )
     other = of_run(write_run(folder / "other", rounds(2, *NAMES), privacy__noise_seed="s"))
     write_ledger(folder / "ledger", [(name, STEP) for name in (*NAMES, NAMES[0])])
     ledger = of_ledger(folder / "ledger", delta=1e-5, allowed=3.0)
@@ -52,6 +64,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     pages = {
         "run": ([run], "fedfuse report verify"),
         "none": ([none], "NOT PRIVATE"),
+        "shared": ([shared], "single updates"),
         "ledger": ([ledger], "Where the figures come from"),
         "together": ([*both, *together(both)], "2 runs on the same data"),
     }
@@ -93,6 +106,16 @@ LAPPED = """
                      && p.y < q.y + q.height - 3 && q.y < p.y + p.height - 3)
     .map(([b]) => a + ' | ' + b)); })
 """
+CROSSED = """
+[...document.querySelectorAll('svg.chart')].flatMap(svg => {
+  const points = [...svg.querySelectorAll('path.curve')].flatMap(path => {
+    const length = path.getTotalLength();
+    return [...Array(400).keys()].map(n => path.getPointAtLength(length * n / 399)); });
+  return [...svg.querySelectorAll('text.label')].filter(t => { const b = t.getBBox();
+    return points.some(p => p.x > b.x + 1 && p.x < b.x + b.width - 1
+                         && p.y > b.y + 3 && p.y < b.y + b.height - 4); })
+    .map(t => t.textContent); })
+"""
 SMALLEST = """
 Math.min(...[...document.querySelectorAll('svg.chart text')].map(
   t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a))
@@ -111,6 +134,7 @@ def test_the_page_fits_asks_for_nothing_and_complains_of_nothing(
     assert chromium.evaluate(CLIPPED) == []
     assert chromium.evaluate(OUTSIDE) == []
     assert chromium.evaluate(LAPPED) == []
+    assert chromium.evaluate(CROSSED) == []
     assert chromium.requests == [written[kind].path.resolve().as_uri()]
     assert chromium.complaints == []
     assert chromium.evaluate("document.title").startswith("Privacy report")

@@ -60,7 +60,7 @@ def history(seed: int) -> list[tuple[str, Mechanism]]:
         Mechanism(
             unit=Unit.RECORD,
             sample_rate=draw.choice((1.0, *(round(10 ** draw.uniform(-2.5, -0.05), 4),) * 6)),
-            noise_multiplier=round(draw.uniform(0.8, 4.0), 3),
+            noise_multiplier=round(10 ** draw.uniform(-0.05, 0.7), 3),
             clip_norm=round(10 ** draw.uniform(-1, 1), 2),
             steps=draw.randint(1, 20),
         )

@@ -286,7 +286,7 @@ def test_each_accountant_stands_where_the_axis_says(tmp_path: Path) -> None:
 def test_many_accounts_are_cut_off_and_said_so(tmp_path: Path) -> None:
     html = drawn(sections("run", tmp_path, [f"node-{n}" for n in range(45)]))
     assert len(html.all("svg", "bar")) == 40
-    assert "5 more spent less; the certificate lists them all." in html.text
+    assert "5 more spent no more; the certificate lists them all." in html.text
 
 
 # ---- words

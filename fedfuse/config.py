@@ -16,7 +16,7 @@ import tomli_w
 from fedfuse.data.spec import PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
 from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS, ModelConfig
-from fedfuse.privacy.spec import PrivacyConfig, Unit
+from fedfuse.privacy.spec import CLIPPINGS, PrivacyConfig, Unit
 
 __all__ = [
     "COMPRESSIONS",
@@ -281,6 +281,7 @@ def _check(config: RunConfig) -> None:
         ("train.optimizer", train.optimizer, OPTIMIZERS),
         ("train.schedule", train.schedule, SCHEDULES),
         ("privacy.unit", privacy.unit, tuple(unit.value for unit in Unit)),
+        ("privacy.clipping", privacy.clipping, CLIPPINGS),
         ("privacy.noise_by", privacy.noise_by, ("nodes", "server")),
         ("federation.strategy", federation.strategy, STRATEGIES),
         ("federation.weighting", federation.weighting, ("equal", "examples")),

@@ -55,6 +55,8 @@ class Job:
     """q x declared records: the divisor of a private step's sum."""
     mechanism: Mechanism | None = None
     """The private mechanism of this round; None is NOT PRIVATE."""
+    clipping: str = "bookkeeping"
+    """How clipped sums are computed; see PrivacyConfig."""
     clip_shares: str = ""
     """How C is shared out among the model's parts; see PrivacyConfig."""
     records_per_subject: int = 16
@@ -97,7 +99,7 @@ class Ran:
 
 
 class Trainer:
-    """A model with its hooks, made once in a process and used for every node and round.
+    """A model ready for private steps, made once in a process and used for every node and round.
 
     Nothing of one run stays for the next: weights are loaded, optimizers are made anew.
     """
@@ -106,7 +108,7 @@ class Trainer:
         self.model = model.to(device)
         self.loss = loss
         self.device = device
-        self._hooked: RecordGradients | None = None
+        self._ready: dict[str, RecordGradients] = {}
         # By name in the model itself, so that the hooks' wrapper doesn't show on the wire.
         frozen = {n for n, p in self.model.named_parameters() if not p.requires_grad}
         self._state = {
@@ -122,17 +124,20 @@ class Trainer:
             raise ModelError("the weights are not those of this model", where="model")
         with torch.no_grad():
             for name, tensor in self._state.items():
-                value = torch.from_numpy(np.array(weights[name]))
+                value = np.asarray(weights[name])
                 if value.shape != tensor.shape:
                     raise ModelError(
-                        f"weight {name} has shape {tuple(value.shape)}, "
+                        f"weight {name} has shape {value.shape}, "
                         f"but the model's is {tuple(tensor.shape)}"
                     )
-                tensor.copy_(value)
+                if tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:
+                    np.copyto(tensor.numpy(), value, casting="unsafe")
+                else:
+                    tensor.copy_(torch.from_numpy(value.copy()))
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
         """A copy of the model's weights, by name: trained ones and buffers, no frozen ones."""
-        return {name: tensor.cpu().numpy().copy() for name, tensor in self._state.items()}
+        return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in self._state.items()}
 
     @cached_property
     def template(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
@@ -231,7 +236,7 @@ class Trainer:
     ) -> Ran:
         from fedfuse.privacy.dpsgd import PrivateOptimizer, private_step
 
-        model = self._hooks_on()
+        model = self._prepared(job.clipping)
         parts, watched = self._parts(job.clip_shares)
         private = PrivateOptimizer(
             optimizer,
@@ -286,18 +291,23 @@ class Trainer:
                 pull()
             optimizer.step()
 
-    def _hooks_on(self) -> RecordGradients:
-        """The model under Opacus's hooks, which are put on once."""
-        if self._hooked is None:
-            from fedfuse.privacy.dpsgd import with_record_gradients
+    def _prepared(self, clipping: str) -> RecordGradients:
+        """The model ready for private steps, which it is made once for each way of clipping."""
+        from fedfuse.privacy.dpsgd import prepare, set_hooks
 
-            self._hooked = with_record_gradients(self.model)
-        self._hooked.enable_hooks()
-        return self._hooked
+        if clipping not in self._ready:
+            self._ready[clipping] = prepare(self.model, clipping)
+        self._hooks_off()
+        set_hooks(self._ready[clipping], on=True)
+        return self._ready[clipping]
 
     def _hooks_off(self) -> None:
-        if self._hooked is not None:
-            self._hooked.disable_hooks()
+        if not self._ready:
+            return
+        from fedfuse.privacy.dpsgd import set_hooks
+
+        for ready in self._ready.values():
+            set_hooks(ready, on=False)
 
     def _proximal(self, mu: float) -> Callable[[], None] | None:
         """Adds mu (w - w_0) to each gradient: it depends on no record, so it costs nothing."""
@@ -315,5 +325,6 @@ class Trainer:
 
 def _optimizer(parameters: list[nn.Parameter], job: Job) -> torch.optim.Optimizer:
     if job.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=job.learning_rate, betas=(job.momentum, 0.999))
-    return torch.optim.SGD(parameters, lr=job.learning_rate, momentum=job.momentum)
+        betas = (job.momentum, 0.999)
+        return torch.optim.Adam(parameters, lr=job.learning_rate, betas=betas, fused=True)
+    return torch.optim.SGD(parameters, lr=job.learning_rate, momentum=job.momentum, fused=True)

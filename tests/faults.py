@@ -48,6 +48,7 @@ class Fault:
 PROMISE = "tests/federation/test_promise.py::"
 NOISE = "tests/privacy/test_noise.py::"
 CLIPPING = "tests/privacy/test_clipping.py::"
+BOOK = "tests/privacy/test_bookkeeping.py::"
 UNITS = "tests/privacy/test_units.py::"
 NODE = "tests/federation/test_node.py::"
 HOSTILE = "tests/federation/test_hostile.py::"
@@ -154,18 +155,74 @@ FAULTS = (
     ),
     Fault(
         line=4,
+        name="mean-loss-in-one-pass",
+        file="fedfuse/privacy/clipping/bookkeeping.py",
+        old="losses.sum().backward()",
+        new="losses.mean().backward()",
+        tests=(f"{CLIPPING}test_clipped_sum_equals_a_loop_over_records",),
+    ),
+    Fault(
+        line=4,
+        name="calls-of-a-layer-by-themselves",
+        file="fedfuse/privacy/clipping/layer.py",
+        old="if len(self.kept) == self.calls:",
+        new="if True:",
+        tests=(f"{BOOK}test_layer_called_several_times_counts_once",),
+    ),
+    Fault(
+        line=4,
+        name="equal-tokens-by-themselves",
+        file="fedfuse/privacy/clipping/embedding.py",
+        old="torch.cumsum(ordered[:, 1:] != ordered[:, :-1], 1, out=rank[:, 1:])",
+        new="rank += torch.arange(ids.shape[1])",
+        tests=(f"{BOOK}test_embedding_adds_up_equal_tokens",),
+    ),
+    Fault(
+        line=4,
+        name="rounding-down",
+        file="fedfuse/privacy/clipping/linear.py",
+        old="total.add_(slack)",
+        new="total",
+        tests=(f"{BOOK}test_rounding_never_makes_a_norm_too_small",),
+    ),
+    Fault(
+        line=4,
+        name="parameter-outside-its-layer",
+        file="fedfuse/privacy/clipping/bookkeeping.py",
+        old="            if p.grad is not None:",
+        new="            if False:",
+        tests=(f"{BOOK}test_parameter_used_outside_its_layer_is_refused",),
+    ),
+    Fault(
+        line=4,
+        name="positions-taken-for-records",
+        file="fedfuse/privacy/clipping/bookkeeping.py",
+        old="        if not self._probed:",
+        new="        if False:",
+        tests=(f"{BOOK}test_positions_for_rows_are_refused_also_where_the_sizes_agree",),
+    ),
+    Fault(
+        line=4,
+        name="broken-record-left-in-one-pass",
+        file="fedfuse/privacy/clipping/book.py",
+        old="any_broken = bool(broken.any())",
+        new="any_broken = False",
+        tests=(f"{CLIPPING}test_broken_record_counts_as_zero",),
+    ),
+    Fault(
+        line=4,
         name="broken-record-left-in",
         file="fedfuse/privacy/dpsgd.py",
-        old="        if not bool(finite.all()):",
-        new="        if False:",
+        old="                if not bool(finite.all()):",
+        new="                if False:",
         tests=(f"{CLIPPING}test_broken_record_counts_as_zero",),
     ),
     Fault(
         line=4,
         name="noise-of-two-thirds",
         file="fedfuse/privacy/noise.py",
-        old="return four.sum(0).mul_(0.5 * std)",
-        new="return four.sum(0).mul_(std / 3)",
+        old="radius *= -2.0 * std * std / 4.0",
+        new="radius *= -2.0 * std * std / 9.0",
         tests=(f"{NOISE}test_noise_has_the_declared_sigma",),
     ),
     Fault(
@@ -207,15 +264,18 @@ FAULTS = (
         name="signal-to-noise-leaves",
         file="fedfuse/federation/node.py",
         old="            unclipped=ran.unclipped,\n",
-        new="            unclipped=ran.unclipped,\n            problem=str(dict(ran.signal_to_noise)),\n",
-        tests=(f"{RELEASES}test_all_bytes_but_the_charged_ones_are_the_same_whatever_the_records",),
+        new="            unclipped=ran.unclipped,\n"
+        "            problem=str(dict(ran.signal_to_noise)),\n",
+        tests=(
+            f"{RELEASES}test_all_bytes_but_the_charged_ones_are_the_same_whatever_the_records",
+        ),
     ),
     Fault(
         line=6,
         name="noise-from-torch",
         file="fedfuse/privacy/noise.py",
-        old="uniform = torch.from_numpy(self.uniform(2 * pairs)).view(2, pairs)",
-        new="uniform = torch.rand(2, pairs, dtype=torch.float64)",
+        old="self._stream.update_into(memoryview(self._zeros)[: 16 * pairs], drawn.data)",
+        new="drawn[:] = torch.randint(256, (16 * pairs,), dtype=torch.uint8).numpy()",
         tests=(f"{NOISE}test_torch_seed_does_not_touch_noise",),
     ),
     Fault(
@@ -446,6 +506,17 @@ FAULTS = (
         file="fedfuse/privacy/dpsgd.py",
         old="        if owners is not None:\n            units",
         new="        if False:\n            units",
+        tests=(
+            f"{UNITS}test_subjects_are_clipped_as_wholes_however_the_step_is_cut",
+            f"{UNITS}test_a_subject_of_many_records_moves_the_sum_by_no_more_than_the_clip_norm",
+        ),
+    ),
+    Fault(
+        line=9,
+        name="subjects-clipped-by-record-in-one-pass",
+        file="fedfuse/privacy/clipping/bookkeeping.py",
+        old="None if owners is None else Owners.from_ids(owners)",
+        new="None",
         tests=(
             f"{UNITS}test_subjects_are_clipped_as_wholes_however_the_step_is_cut",
             f"{UNITS}test_a_subject_of_many_records_moves_the_sum_by_no_more_than_the_clip_norm",

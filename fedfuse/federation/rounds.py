@@ -156,6 +156,7 @@ def job_of(config: RunConfig, mechanism: Mechanism | None, round: int) -> Job:
         batch_size=train.batch_size,
         expected_batch=expected_batch(config) if noisy_steps else train.batch_size,
         mechanism=mechanism,
+        clipping=privacy.clipping,
         clip_shares=privacy.clip_shares,
         records_per_subject=privacy.records_per_subject,
         noise_by=privacy.noise_by,

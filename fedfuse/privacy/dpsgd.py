@@ -1,7 +1,8 @@
-"""One private step: per-record gradients by Opacus, clipped, summed, noised, divided.
+"""One private step: per-record gradients clipped, summed, noised, divided.
 
-Opacus gives the per-record gradients (`GradSampleModule`, hooks) and the order of a step
-(`DPOptimizer`). Three things are replaced, each for a reason:
+The clipped sums come from one backward pass (`clipping/bookkeeping.py`), or from the per-record
+gradients of Opacus's hooks (`GradSampleModule`). The order of a step is Opacus's (`DPOptimizer`).
+Three things are replaced in it, each for a reason:
 
     clipping  a record whose gradient is not finite counts as zero, so that one broken record
               neither stops the step nor escapes the bound
@@ -36,7 +37,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -47,7 +48,9 @@ from torch import Tensor, nn
 
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
+from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.noise import NoiseStream
+from fedfuse.privacy.sums import Sums
 
 __all__ = [
     "Loss",
@@ -55,21 +58,53 @@ __all__ = [
     "PrivateOptimizer",
     "RecordGradients",
     "check_model",
+    "prepare",
     "private_step",
+    "set_hooks",
     "with_record_gradients",
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs (B, C), target (B,)) -> loss of each record (B,)."""
 
-RecordGradients = GradSampleModule
-"""A model whose parameters get ``p.grad_sample`` (B, *p.shape) in the backward pass."""
+RecordGradients: TypeAlias = BookKeeping | GradSampleModule
+"""A model that gives the gradients of single records, by either way of `prepare`."""
 
 _CROSS_RECORD = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises ModelError on a layer that mixes records, or a parameter that hooks can't see."""
+def prepare(model: nn.Module, clipping: str = "bookkeeping") -> RecordGradients:
+    """`model` made ready for private steps, `clipping` as in PrivacyConfig.
+
+    The loss must give one number a record; a private step sums them. Raises ModelError where the
+    model is one that this way of clipping is not right for.
+    """
+    if clipping == "hooks":
+        return with_record_gradients(model)
+    check_model(model)
+    return BookKeeping(model)
+
+
+def with_record_gradients(model: nn.Module) -> GradSampleModule:
+    """`model` with hooks of Opacus that leave per-record gradients in ``p.grad_sample``.
+
+    The model's loss must be a sum over records, never a mean: a mean would scale each record's
+    gradient by the number drawn.
+    """
+    check_model(model, clipping="hooks")
+    # A first layer's inputs need no gradient; torch says so at each step, and it is no problem.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    return GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=True)
+
+
+def set_hooks(model: RecordGradients, *, on: bool) -> None:
+    """Turns hooks on or off; book-keeping has none, and leaves the model alone between steps."""
+    if not isinstance(model, BookKeeping):
+        (model.enable_hooks if on else model.disable_hooks)()
+
+
+def check_model(model: nn.Module, clipping: str = "bookkeeping") -> None:
+    """Raises ModelError on a layer that mixes records, or one that `clipping` is not right for."""
     for name, module in model.named_modules():
         if isinstance(module, _CROSS_RECORD):
             raise ModelError(
@@ -79,23 +114,41 @@ def check_model(model: nn.Module) -> None:
                 hint="use nn.GroupNorm or nn.LayerNorm",
             )
         own = [key for key, value in module.named_parameters(recurse=False) if value.requires_grad]
-        if own and (wrong := _wrong_gradients(module)):
+        if own and (wrong := _depends_on_the_batch(module)):
             raise ModelError(
-                f"layer {name!r} is a {type(module).__name__} with {wrong}, for which Opacus 1.6 "
-                "gives wrong per-record gradients or none",
+                f"layer {name!r} is a {type(module).__name__} with {wrong}, which makes one "
+                "record's gradient depend on others",
                 where="model",
                 hint="leave that setting out",
             )
-        if own and type(module) not in GradSampleModule.GRAD_SAMPLERS:
-            raise ModelError(
-                f"layer {name or 'model'!r} ({type(module).__name__}) holds parameter {own[0]!r}, "
-                "for which there is no per-record gradient",
-                where="model",
-                hint="build it from Linear, Conv, Embedding, GroupNorm and LayerNorm",
-            )
+        if own and clipping == "hooks":
+            _check_hooks(name, module, own[0])
 
 
-def _wrong_gradients(module: nn.Module) -> str:
+def _depends_on_the_batch(module: nn.Module) -> str:
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm"
+    return "scale_grad_by_freq" if getattr(module, "scale_grad_by_freq", False) else ""
+
+
+def _check_hooks(name: str, module: nn.Module, parameter: str) -> None:
+    if wrong := _wrong_under_hooks(module):
+        raise ModelError(
+            f"layer {name!r} is a {type(module).__name__} with {wrong}, for which Opacus 1.6 "
+            "gives wrong per-record gradients or none",
+            where="model",
+            hint='leave that setting out, or take privacy.clipping = "bookkeeping"',
+        )
+    if type(module) not in GradSampleModule.GRAD_SAMPLERS:
+        raise ModelError(
+            f"layer {name or 'model'!r} ({type(module).__name__}) holds parameter {parameter!r}, "
+            "for which there is no per-record gradient",
+            where="model",
+            hint="build it from Linear, Conv, Embedding, GroupNorm and LayerNorm",
+        )
+
+
+def _wrong_under_hooks(module: nn.Module) -> str:
     """The setting of a layer under which Opacus's hooks were seen to be off, or ""."""
     if getattr(module, "padding_idx", None) is not None:
         return "padding_idx"
@@ -104,18 +157,6 @@ def _wrong_gradients(module: nn.Module) -> str:
     if isinstance(module, nn.LayerNorm) and "bias" not in dict(module.named_parameters()):
         return "bias=False"
     return ""
-
-
-def with_record_gradients(model: nn.Module) -> GradSampleModule:
-    """`model` with hooks that leave each parameter's per-record gradients in ``p.grad_sample``.
-
-    The model's loss must be a sum over records, never a mean: a mean would scale each record's
-    gradient by the number drawn.
-    """
-    check_model(model)
-    # A first layer's inputs need no gradient; torch says so at each step, and it is no problem.
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    return GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +196,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         )
         self.divisor = expected_batch
         self.stream = stream
+        self._params = super().params
+        self._sums = Sums(self._params)
         self.parts = tuple(parts) or (Part(name="all", places=tuple(range(len(self.params)))),)
         self.watched = tuple(watched) or self.parts
         if sorted(i for part in self.parts for i in part.places) != list(range(len(self.params))):
@@ -166,6 +209,17 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         """A step's noisy count of unclipped units, less half of all units; for each step."""
         self._count = 0.0
 
+    @property
+    def params(self) -> list[Any]:
+        """The parameters; `Part.places` count them."""
+        return self._params if hasattr(self, "_params") else super().params  # type: ignore[no-any-return]
+
+    def begin(self) -> None:
+        """Begins a step: all sums are zero."""
+        self._sums.clear()
+        for p, view in zip(self._params, self._sums.views, strict=True):
+            p.grad, p.grad_sample, p.summed_grad = None, None, view
+
     def accumulate(self, owners: Tensor | None = None) -> None:
         """Adds the clipped sum of ``p.grad_sample`` to ``p.summed_grad`` and drops the former.
 
@@ -176,26 +230,37 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             for p in self.params:
                 whole = p.grad_sample.new_zeros((units, *p.shape))
                 p.grad_sample = whole.index_add_(0, owners, p.grad_sample)
-        factors = [
-            clip_factors(
-                [self.params[i].grad_sample for i in part.places], self.max_grad_norm * part.share
-            )
+        norms = [
+            torch.stack([self.params[i].grad_sample.flatten(1).norm(dim=1) for i in part.places])
             for part in self.parts
         ]
-        finite = torch.stack(factors).gt(0).all(0)
-        if self.count_noise:
-            below = torch.stack(factors).ge(1).all(0)
-            self._count += float(below.double().sum()) - 0.5 * len(finite)
+        factors = self._factors(torch.stack([part.norm(dim=0) for part in norms]))
+        finite = factors.gt(0).all(0)
         for part, factor in zip(self.parts, factors, strict=True):
             for i in part.places:
-                self._add(self.params[i], torch.where(finite, factor, 0.0), finite)
+                p = self.params[i]
+                if not bool(finite.all()):
+                    p.grad_sample[~finite] = 0  # 0 x NaN would be NaN
+                p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample)
+                p.grad_sample = None
 
-    def _add(self, p: Any, factors: Tensor, finite: Tensor) -> None:
-        if not bool(finite.all()):
-            p.grad_sample[~finite] = 0  # 0 x NaN would be NaN
-        part = torch.einsum("i,i...", factors, p.grad_sample)
-        p.summed_grad = part if p.summed_grad is None else p.summed_grad + part
-        p.grad_sample = None
+    def accumulate_book(self, book: BookKeeping) -> None:
+        """Adds the clipped sum of the gradients in `book` to ``p.summed_grad``."""
+        book.expect(self._params)
+        places = [part.places for part in self.parts]
+        factors = self._factors(book.squares(places).sqrt_())
+        book.add_sums(places, factors, self._sums.views)
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        """(P, U) factors for the norms (P, U) of each part of each unit; counts the unclipped."""
+        bounds = norms.new_tensor([self.max_grad_norm * part.share for part in self.parts])
+        factors = clip_factors(norms, bounds[:, None])
+        # A unit that is broken in one part counts as zero in all.
+        factors = torch.where(factors.gt(0).all(0), factors, 0.0)
+        if self.count_noise:
+            below = factors.ge(1).all(0)
+            self._count += float(below.double().sum()) - 0.5 * below.numel()
+        return factors
 
     def signal(self) -> dict[str, float]:
         """For each part, the squared norm of the clipped sum over that of the noise expected.
@@ -203,25 +268,26 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         It is computed from records without noise: it stays on the node.
         """
         std = self.noise_multiplier * self.max_grad_norm
+        norms = torch.stack(torch._foreach_norm([p.summed_grad for p in self.params]))
+        power = norms.double().square().tolist()
         found = {}
         for part in self.watched:
-            params = [self.params[i] for i in part.places]
-            power = sum(float(p.summed_grad.square().sum()) for p in params)
-            found[part.name] = power / (std**2 * max(1, sum(p.numel() for p in params)))
+            numbers = sum(self.params[i].numel() for i in part.places)
+            found[part.name] = sum(power[i] for i in part.places) / (std**2 * max(1, numbers))
         return found
 
     def add_noise(self) -> None:
         """``p.grad = p.summed_grad + N(0, (sigma C)^2)``, in float64, cut to the model's dtype."""
-        std = self.noise_multiplier * self.max_grad_norm
-        noise = self.stream.normal(sum(p.numel() for p in self.params), std)
-        for p, part in zip(self.params, noise.split([p.numel() for p in self.params]), strict=True):
-            noisy = p.summed_grad.double() + part.to(p.device).view_as(p)
-            p.grad = noisy.to(p.dtype)
+        for p, view in zip(self.params, self._sums.views, strict=True):
+            if p.summed_grad is not view:
+                view.copy_(p.summed_grad)
+        self._sums.add_noise(self.stream, self.noise_multiplier * self.max_grad_norm)
+        for p, view in zip(self.params, self._sums.views, strict=True):
+            p.grad, p.summed_grad = view, None
 
     def scale_grad(self) -> None:
         """Divides by the public expected batch size."""
-        for p in self.params:
-            p.grad /= self.divisor
+        self._sums.divide(self.divisor)
 
     def pre_step(self, closure: Any = None) -> bool:
         """Noise and division for sums that `accumulate` has made; clipping is already done."""
@@ -234,19 +300,18 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         return True
 
 
-def clip_factors(grad_samples: list[Tensor], clip_norm: float) -> Tensor:
-    """(B,) factors min(1, C / norm) of each record over all parameters; 0 where not finite.
+def clip_factors(norms: Tensor, clip_norm: Tensor | float) -> Tensor:
+    """min(1, C / norm) for each of `norms`; 0 where it is not finite.
 
     Abadi et al. 2016 (arXiv:1607.00133v2), algorithm 1. Norms in float32 carry a relative error
     of some 1e-7; C is shrunk by 1e-6 so that no contribution exceeds it.
     """
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grad_samples]).norm(dim=0)
     factors = (clip_norm * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+    return torch.where(torch.isfinite(norms), factors, 0.0)
 
 
 def private_step(
-    model: GradSampleModule,
+    model: RecordGradients,
     optimizer: PrivateOptimizer,
     batch: Batch,
     loss: Loss,
@@ -258,16 +323,22 @@ def private_step(
 ) -> None:
     """One step on `batch` (B may be 0), at most `physical_batch` records at once.
 
-    `owners` (B,), ascending from 0: whose each record is; None: each record is its own unit.
-    `adjust` may add to ``p.grad`` what does not depend on records (a proximal term). `watch` is
-    shown how strong the signal was, which must not leave the node.
+    model   as `prepare` gives it
+    owners  (B,), ascending from 0: whose each record is; None: each record is its own unit
+    adjust  may add to ``p.grad`` what does not depend on records (a proximal term)
+    watch   is shown how strong the signal was, which must not leave the node
     """
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.begin()
+    device = batch.target.device
     for rows, whose in _pieces(len(batch), owners, physical_batch):
-        part = batch[rows]
-        loss(model(part), part.target).sum().backward()
-        device = optimizer.params[0].device
-        optimizer.accumulate(None if whose is None else torch.from_numpy(whose).to(device))
+        part = batch if rows.stop - rows.start >= len(batch) else batch[rows]
+        owns = None if whose is None else torch.from_numpy(whose).to(device)
+        if not isinstance(model, BookKeeping):
+            loss(model(part), part.target).sum().backward()
+            optimizer.accumulate(owns)
+        elif len(part):
+            model.backward(part, loss, owns)
+            optimizer.accumulate_book(model)
     if watch is not None:
         watch(optimizer.signal())
     optimizer.pre_step()

@@ -7,9 +7,12 @@ noise come from ChaCha20 (RFC 8439) under a 256-bit secret, used for one node in
 Guarantees
     Two streams with different (secret, purpose) are independent as far as anyone can tell who
     cannot break ChaCha20 or BLAKE2b. A stream never repeats.
-    Normals are sums of four, halved (Holohan and Braghin 2021, arXiv:2107.10138v4, section 5.1,
-    n = 2), made in float64: the low bits of one addition don't give the noise away
-    (Mironov 2012). This is a mitigation for floating point, not a discrete mechanism.
+    Normals are sums of four, halved (Holohan and Braghin 2021, arXiv:2107.10138v4, section 5.1),
+    made in float64: the low bits of one addition don't give the noise away (Mironov 2012). Of four
+    complex normals z come three outputs, H z / 2 with three rows of a Hadamard matrix: its rows are
+    orthogonal, so outputs are as independent as the z; and there are fewer of them, so whoever
+    would solve for the z has to guess one of them first, some 2^105 possibilities (docs/adr/0001).
+    This is a mitigation for floating point, not a discrete mechanism.
 Not covered
     Timing of the arithmetic; memory of the node's own machine.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -51,6 +55,10 @@ def round_secret(noise_seed: str, node: str, round: int) -> bytes:
     ).digest()
 
 
+_BLOCK = 16384
+"""Complex normals made at once: what they need stays in a core's cache."""
+
+
 class NoiseStream:
     """Uniform and normal numbers from one secret, for one purpose ("sampling", "noise")."""
 
@@ -60,6 +68,7 @@ class NoiseStream:
         ).digest()
         # A key is used for one stream, so a fixed nonce repeats nothing.
         self._stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+        self._room = 0
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """(count,) float64 in [0, 1), 53 random bits each."""
@@ -68,9 +77,78 @@ class NoiseStream:
 
     def normal(self, count: int, std: float) -> Tensor:
         """(count,) float64 normals of mean 0 and standard deviation `std`, on the CPU."""
-        pairs = 2 * count  # 4 normals for each output, 2 a pair (Box and Muller 1958)
-        uniform = torch.from_numpy(self.uniform(2 * pairs)).view(2, pairs)
-        radius = torch.sqrt(-2.0 * torch.log1p(-uniform[0]))  # 1 - u lies in (0, 1]
-        angle = uniform[1].mul_(2.0 * math.pi)
-        four = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)]).view(4, count)
-        return four.sum(0).mul_(0.5 * std)
+        out = np.empty(count)
+        for start, block in self._blocks(count, std):
+            out[start : start + len(block)] = block
+        return torch.from_numpy(out)
+
+    def add_normal(self, values: Tensor, std: float) -> None:
+        """Adds a normal of deviation `std` to each of `values` (N,), in float64, in place.
+
+        The same numbers as `normal` would give; the sum is cut to the dtype of `values`.
+        """
+        if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+            noise = self.normal(len(values), std).to(values.device)
+            values.copy_(noise.add_(values))
+            return
+        array = values.numpy()
+        for start, block in self._blocks(len(values), std):
+            part = array[start : start + len(block)]
+            block += part
+            part[:] = block
+
+    def _blocks(self, count: int, std: float) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """(start, normals) for consecutive places from 0 to `count`; each holds until the next."""
+        start = 0
+        while start < count:
+            fours = min(_BLOCK // 4, -(-(count - start) // 6))
+            block = self._three_of_four(fours, std)[: count - start]
+            yield start, block
+            start += len(block)
+
+    def _three_of_four(self, fours: int, std: float) -> NDArray[np.float64]:
+        """(6 `fours`,) normals, out of 4 `fours` complex ones."""
+        pairs = 4 * fours
+        if self._room < pairs:
+            self._room = pairs
+            self._zeros = bytes(16 * pairs)
+            self._bytes = np.empty(16 * pairs, dtype=np.uint8)
+            self._floats = np.empty((3, pairs))
+            self._sums = np.empty(6 * fours)
+        drawn = self._bytes[: 16 * pairs]
+        self._stream.update_into(memoryview(self._zeros)[: 16 * pairs], drawn.data)
+        words = drawn.view("<u8").astype(np.uint64, copy=False)
+        words >>= np.uint64(11)
+        # Box and Muller 1958: z = sqrt(-2 log u) exp(i angle), u in (0, 1]. An output is a sum of
+        # four, halved: that is the 1/4 in front of std^2.
+        radius, real, imaginary = self._floats[:, :pairs]
+        np.multiply(words[:pairs], -(2.0**-53), out=radius)
+        radius += 1.0
+        np.log(radius, out=radius)
+        radius *= -2.0 * std * std / 4.0
+        np.sqrt(radius, out=radius)
+        # With t = tan(angle / 2): cos(angle) = 2 / (1 + t^2) - 1, sin(angle) = 2 t / (1 + t^2).
+        np.multiply(words[pairs:], math.pi * 2.0**-53, out=imaginary)
+        imaginary -= math.pi / 2
+        np.tan(imaginary, out=imaginary)
+        np.multiply(imaginary, imaginary, out=real)
+        real += 1.0
+        np.divide(radius, real, out=real)
+        real *= 2.0
+        imaginary *= real
+        real -= radius
+        sums = self._sums[: 6 * fours].reshape(3, 2, fours)
+        for part, z in enumerate((real.reshape(4, fours), imaginary.reshape(4, fours))):
+            _hadamard_rows(z, sums[:, part])
+        return sums.reshape(-1)
+
+
+def _hadamard_rows(z: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+    """out (3, n) = [+-+-, ++--, +--+] z, for z (4, n), which is used up."""
+    np.add(z[0], z[1], out=out[1])
+    np.subtract(z[0], z[1], out=z[0])
+    np.add(z[2], z[3], out=z[1])
+    np.subtract(z[2], z[3], out=z[2])
+    out[1] -= z[1]
+    np.add(z[0], z[2], out=out[0])
+    np.subtract(z[0], z[2], out=out[2])

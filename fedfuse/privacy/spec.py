@@ -12,7 +12,9 @@ from typing import Any
 
 from fedfuse.errors import PrivacyError
 
-__all__ = ["Event", "Mechanism", "PrivacyConfig", "Unit", "clip_shares"]
+__all__ = ["CLIPPINGS", "Event", "Mechanism", "PrivacyConfig", "Unit", "clip_shares"]
+
+CLIPPINGS = ("bookkeeping", "hooks")
 
 
 class Unit(StrEnum):
@@ -52,6 +54,9 @@ class PrivacyConfig:
     delta: float = 1e-5
     clip_norm: float = 1.0
     """C, the bound on one unit's contribution to a step's sum, in L2."""
+    clipping: str = "bookkeeping"
+    """How a step's clipped sum is computed, one of CLIPPINGS; the sums are the same. "hooks" is
+    Opacus's way, slower and with more memory."""
     clip_shares: str = ""
     """How C is shared out: "" clips the whole gradient at C; "equal" gives each modality's
     encoder, and the rest of the model, the same share; "image=2,audio=1,rest=1" gives shares in

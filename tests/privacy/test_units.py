@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.privacy import accounting
 from fedfuse.privacy.central import noisy_mean, private_update
-from fedfuse.privacy.dpsgd import Part, PrivateOptimizer, private_step, with_record_gradients
+from fedfuse.privacy.clipping.bookkeeping import BookKeeping
+from fedfuse.privacy.dpsgd import Part, PrivateOptimizer, prepare, private_step
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.plan import plan
 from fedfuse.privacy.sampling import poisson_subjects
-from fedfuse.privacy.spec import Event, Mechanism, PrivacyConfig, Unit, clip_shares
+from fedfuse.privacy.spec import CLIPPINGS, Event, Mechanism, PrivacyConfig, Unit, clip_shares
 from fedfuse.privacy.views import by_node, of_model
 from tests.privacy.test_clipping import TASK, assert_same, batch_of, model_with, oracle
 
@@ -35,8 +36,9 @@ def step_sum(
     physical: int = 64,
     parts: list[Part] | None = None,
     count_noise: float = 0.0,
+    clipping: str = "bookkeeping",
 ) -> tuple[list[torch.Tensor], PrivateOptimizer]:
-    hooked = with_record_gradients(model)
+    ready = prepare(model, clipping)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = PrivateOptimizer(
         torch.optim.SGD(parameters, lr=0.0),
@@ -48,8 +50,9 @@ def step_sum(
         count_noise=count_noise,
     )
     whose = None if owners is None else np.array(owners, dtype=np.int64)
-    private_step(hooked, optimizer, batch, TASK.loss, physical_batch=physical, owners=whose)  # type: ignore[arg-type]
-    hooked.remove_hooks()
+    private_step(ready, optimizer, batch, TASK.loss, physical_batch=physical, owners=whose)  # type: ignore[arg-type]
+    if not isinstance(ready, BookKeeping):
+        ready.remove_hooks()
     return [p.grad for p in parameters], optimizer
 
 
@@ -80,19 +83,23 @@ def subject_oracle(
     seed=st.integers(0, 2**31),
     physical=st.integers(1, 9),
     clip_norm=st.sampled_from([0.05, 0.5, 100.0]),
+    clipping=st.sampled_from(CLIPPINGS),
 )
 def test_subjects_are_clipped_as_wholes_however_the_step_is_cut(
-    sizes: list[int], seed: int, physical: int, clip_norm: float
+    sizes: list[int], seed: int, physical: int, clip_norm: float, clipping: str
 ) -> None:
     owners = [number for number, size in enumerate(sizes) for _ in range(size)]
     model, batch = model_with(), batch_of(len(owners), seed)
-    found, _ = step_sum(model, batch, owners, clip_norm, physical=physical)
+    found, _ = step_sum(model, batch, owners, clip_norm, physical=physical, clipping=clipping)
     assert_same(found, subject_oracle(model, batch, owners, clip_norm))
 
 
-def test_a_subject_of_many_records_moves_the_sum_by_no_more_than_the_clip_norm() -> None:
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_a_subject_of_many_records_moves_the_sum_by_no_more_than_the_clip_norm(
+    clipping: str,
+) -> None:
     model, batch = model_with(), batch_of(12, seed=1, chance_present=1.0)
-    found, _ = step_sum(model, batch, [0] * 12, 0.1)
+    found, _ = step_sum(model, batch, [0] * 12, 0.1, clipping=clipping)
     assert math.sqrt(sum(float(g.square().sum()) for g in found)) <= 0.1 * (1 + 1e-9)
     by_record, _ = step_sum(model, batch, None, 0.1)
     assert math.sqrt(sum(float(g.square().sum()) for g in by_record)) > 0.3
@@ -203,10 +210,13 @@ def test_the_count_beside_the_sum_is_paid_for_by_more_noise_on_the_sum() -> None
         )  # fmt: skip
 
 
-def test_the_count_is_of_units_within_the_clip_norm_less_half() -> None:
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_the_count_is_of_units_within_the_clip_norm_less_half(clipping: str) -> None:
     model, batch = model_with(), batch_of(6, seed=7, chance_present=1.0)
     for clip_norm, expected in ((1e-6, -3.0), (1e6, 3.0)):
-        _, optimizer = step_sum(model, batch, None, clip_norm, count_noise=1e-9, physical=4)
+        _, optimizer = step_sum(
+            model, batch, None, clip_norm, count_noise=1e-9, physical=4, clipping=clipping
+        )
         assert optimizer.unclipped == [pytest.approx(expected, abs=1e-6)]
 
 

@@ -1,0 +1,1 @@
+"""Clipped sums of per-record gradients in one backward pass: `bookkeeping.BookKeeping`."""

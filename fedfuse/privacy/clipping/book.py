@@ -1,0 +1,307 @@
+"""What one backward pass leaves for each parameter: the norms, and the clipped sum.
+
+A parameter's per-record gradients lie in the book in one of two forms: *instantiated*, as rows of
+numbers, or as an *entry*, which knows its squared norms and its weighted sum without them. Small
+instantiated ones lie side by side in one slab, so that a model's many biases and norms take one
+reduction and one product together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.privacy.clipping.costs import SMALL
+
+__all__ = ["Book", "Entry", "Owners"]
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Whose each record is.
+
+    of     (B,) int64, ascending from 0
+    place  (B,) int64, a record's number among its owner's
+    units  how many owners there are
+    most   the most records of one owner
+    """
+
+    of: Tensor
+    place: Tensor
+    units: int
+    most: int
+
+    @classmethod
+    def from_ids(cls, owners: Tensor) -> Owners:
+        """From (B,) int64, ascending from 0 without gaps."""
+        if len(owners) == 0:
+            return cls(owners, owners, 0, 0)
+        counts = torch.bincount(owners)
+        first = counts.cumsum(0) - counts
+        place = torch.arange(len(owners), device=owners.device) - first[owners]
+        return cls(owners, place, len(counts), int(counts.max()))
+
+    def only(self, rows: Tensor | None) -> Owners:
+        """The same of some records, in their order; units keep their numbers."""
+        if rows is None:
+            return self
+        return replace(self, of=self.of[rows], place=self.place[rows])
+
+    def side_by_side(self, x: Tensor) -> Tensor:
+        """(B, T, n) -> (U, most T, n): a unit's records one after the other, then zeros."""
+        out = x.new_zeros((self.units, self.most, *x.shape[1:]))
+        out[self.of, self.place] = x
+        return out.flatten(1, 2)
+
+
+class Entry(Protocol):
+    """The per-record gradients of one weight, not written out."""
+
+    place: int
+
+    def squares(self, owners: Owners | None) -> Tensor:
+        """(U,) squared norms of the units' gradients; rounded up, never down."""
+        ...
+
+    def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
+        """Adds to `out` (the weight's shape) the sum of factors[i] times gradient i.
+
+        factors (B,), 0 for each record of `broken` (B,) bool, whose numbers may be anything.
+        """
+        ...
+
+
+class Book:
+    """One pass over B records. Made once for a model; `open` clears it."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.rows = 0
+        self._entries: list[tuple[Entry, Tensor | None]] = []
+        self._large: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._order: dict[int, tuple[int, ...] | None] = {}
+        self._written: set[int] = set()
+        self._columns: dict[int, slice] = {}
+        stop = 0
+        for place, p in enumerate(self.parameters):
+            if p.numel() <= SMALL:
+                self._columns[place] = slice(stop, stop + p.numel())
+                stop += p.numel()
+        self._width = stop
+        self._kept: Tensor | None = None
+
+    def open(self, rows: int) -> None:
+        """Begins a pass over `rows` records."""
+        self.rows = rows
+        self.close()
+
+    def close(self) -> None:
+        """Drops what the pass left, and with it the activations that entries hold."""
+        self._entries.clear()
+        self._large.clear()
+        self._written.clear()
+
+    def room(self, place: int) -> Tensor:
+        """(B, n) to write the gradients of a parameter of n numbers to, before `instantiate`.
+
+        That of a large one is made anew: in the backward pass it takes the place of activations
+        that are no longer needed, where memory kept from the step before would add to the peak.
+        """
+        p = self.parameters[place]
+        if place in self._columns:
+            return self._rows_of_slab()[:, self._columns[place]]
+        return torch.empty((self.rows, p.numel()), dtype=p.dtype, device=p.device)
+
+    def _rows_of_slab(self) -> Tensor:
+        """(B, S), kept from step to step."""
+        if self._kept is None or len(self._kept) < self.rows:
+            some = [self.parameters[place] for place in self._columns]
+            dtype = max((p.dtype for p in some), key=lambda kind: kind.itemsize)
+            size = (self.rows, self._width)
+            self._kept = torch.empty(size, dtype=dtype, device=some[0].device)
+        return self._kept[: self.rows]
+
+    def enter(self, entry: Entry, live: Tensor | None = None) -> None:
+        """Adds an entry, of all records or of those that `live` (n,) numbers."""
+        self._entries.append((entry, live))
+
+    def instantiate(
+        self,
+        place: int,
+        grads: Tensor,
+        live: Tensor | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> None:
+        """Adds `grads` (B, *shape), or (B, n), to a parameter's per-record gradients.
+
+        With `live` (n,) the rows are those records'; the others' gradients are zero. With `order`
+        a record's gradient is ``grads[i].permute(order)``.
+        """
+        if order is not None and (place in self._columns or place in self._written):
+            grads = grads.permute(0, *(1 + i for i in order))
+            order = None
+        if place in self._written:
+            grads = grads.flatten(1)
+            if place in self._large:
+                grads = _all(grads, live, self.rows) + self._in_order(place)
+                self._large[place], self._order[place] = (grads, None), None
+            elif live is None:
+                self.room(place).add_(grads)
+            else:
+                self.room(place).index_add_(0, live, grads)
+            return
+        self._written.add(place)
+        if place not in self._columns:
+            self._large[place], self._order[place] = (grads.flatten(1), live), order
+            return
+        room, grads = self.room(place), grads.flatten(1)
+        if live is not None:
+            room.zero_().index_copy_(0, live, grads)
+        elif grads.data_ptr() != room.data_ptr():
+            room.copy_(grads)
+
+    def _in_order(self, place: int) -> Tensor:
+        """(B, n) of a large parameter, as its own numbers lie."""
+        grads = _all(*self._large[place], self.rows)
+        order = self._order[place]
+        if order is None:
+            return grads
+        whole = grads.view(-1, *_stored(self.parameters[place].shape, order))
+        return whole.permute(0, *(1 + i for i in order)).flatten(1)
+
+    def fresh(self, place: int) -> bool:
+        """Whether nothing is instantiated yet for a parameter, so that `room` is free."""
+        return place not in self._written
+
+    def _slab(self) -> Tensor | None:
+        """(B, S), zero for parameters that the pass did not reach."""
+        if not self._width or not any(place in self._columns for place in self._written):
+            return None
+        for place in self._columns:
+            if place not in self._written:
+                self.room(place).zero_()
+        return self._rows_of_slab()
+
+    def squares(self, parts: Sequence[Sequence[int]], owners: Owners | None) -> Tensor:
+        """(P, U): by part (places of parameters) and unit, the squared norm of the gradient.
+
+        With owners, instantiated gradients are added up by unit on the way.
+        """
+        like = self.parameters[0]
+        units = self.rows if owners is None else owners.units
+        table = like.new_zeros((len(parts), units))
+        part_of = {place: number for number, part in enumerate(parts) for place in part}
+        for entry, live in self._entries:
+            found = entry.squares(None if owners is None else owners.only(live))
+            _add(table[part_of[entry.place]], found, live if owners is None else None)
+        if owners is not None:
+            self._add_up(owners)
+        slab = self._slab()
+        if slab is not None:
+            for number, columns in self._runs(part_of):
+                table[number] += _squares(slab[:units, columns])
+        for place, (grads, live) in self._large.items():
+            _add(table[part_of[place]], _squares(grads), live)
+        return table
+
+    def _add_up(self, owners: Owners) -> None:
+        def whole(grads: Tensor, live: Tensor | None) -> Tensor:
+            of = owners.only(live).of
+            return grads.new_zeros((owners.units, grads.shape[1])).index_add_(0, of, grads)
+
+        slab = self._slab()
+        if slab is not None:
+            slab[: owners.units] = whole(slab, None)
+        for place, (grads, live) in self._large.items():
+            self._large[place] = (whole(grads, live), None)
+
+    def _runs(self, part_of: dict[int, int]) -> Iterator[tuple[int, slice]]:
+        """(part, columns) of neighbouring slab columns of one part."""
+        start, number = 0, -1
+        for place, columns in self._columns.items():
+            if part_of[place] != number:
+                if columns.start > start:
+                    yield number, slice(start, columns.start)
+                start, number = columns.start, part_of[place]
+        if self._width > start:
+            yield number, slice(start, self._width)
+
+    def add_sums(
+        self,
+        parts: Sequence[Sequence[int]],
+        factors: Tensor,
+        sums: Sequence[Tensor],
+        owners: Owners | None,
+    ) -> None:
+        """Adds to sums[place] (the parameter's shape) the sum of factor times gradient.
+
+        factors  (P, U); a unit with factor 0 contributes nothing, whatever its numbers are
+        """
+        units = factors.shape[1]
+        broken = (factors == 0).any(0)
+        any_broken = bool(broken.any())
+        part_of = {place: number for number, part in enumerate(parts) for place in part}
+        slab = self._slab()
+        if slab is not None:
+            slab = slab[:units]
+            if any_broken:
+                slab[broken] = 0
+            for number, columns in self._runs(part_of):
+                total = factors[number] @ slab[:, columns]
+                for place, own in self._columns.items():
+                    if columns.start <= own.start < columns.stop and place in self._written:
+                        mine = total[own.start - columns.start : own.stop - columns.start]
+                        sums[place].add_(mine.view_as(sums[place]))
+        for place, (grads, live) in self._large.items():
+            mine = factors[part_of[place]]
+            if any_broken:
+                grads[_some(broken, live)] = 0
+            flat, order = sums[place].view(-1), self._order[place]
+            if order is None:
+                flat.addmv_(grads.t(), _some(mine, live))
+            else:
+                total = torch.mv(grads.t(), _some(mine, live))
+                sums[place].add_(total.view(_stored(sums[place].shape, order)).permute(order))
+        by_record = factors if owners is None else factors[:, owners.of]
+        if any_broken and owners is not None:
+            broken = broken[owners.of]
+        for entry, live in self._entries:
+            mine = _some(by_record[part_of[entry.place]], live)
+            lost = _some(broken, live) if any_broken else None
+            entry.add_sum(mine, lost, sums[entry.place])
+
+
+def _stored(shape: torch.Size, order: tuple[int, ...]) -> list[int]:
+    """The shape of which ``permute(order)`` has `shape`."""
+    stored = [0] * len(shape)
+    for i, size in zip(order, shape, strict=True):
+        stored[i] = size
+    return stored
+
+
+def _some(values: Tensor, live: Tensor | None) -> Tensor:
+    return values if live is None else values[live]
+
+
+def _add(total: Tensor, values: Tensor, live: Tensor | None) -> None:
+    if live is None:
+        total.add_(values)
+    else:
+        total.index_add_(0, live, values)
+
+
+def _all(grads: Tensor, live: Tensor | None, rows: int) -> Tensor:
+    """(n, k) gradients of `live` records as (B, k)."""
+    if live is None:
+        return grads
+    return grads.new_zeros((rows, grads.shape[1])).index_copy_(0, live, grads)
+
+
+def _squares(grads: Tensor) -> Tensor:
+    """(U, n) -> (U,)."""
+    norms: Tensor = torch.linalg.vector_norm(grads, dim=1)
+    return norms.square_()

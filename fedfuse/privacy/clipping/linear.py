@@ -1,0 +1,123 @@
+"""Linear layers: (B, p), or a sequence (B, ..., p), which also a layer in a loop amounts to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedfuse.privacy.clipping.book import Book, Owners
+from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
+from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
+
+__all__ = ["LinearEntry", "LinearLayer", "gram_squares", "product"]
+
+
+class LinearLayer(Layer):
+    """``nn.Linear``, and Opacus's ``RNNLinear``."""
+
+    def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
+        """Each call is (a (B, ..., p), g (B, ..., d)); T goes over all calls."""
+        if len(kept) > 1:
+            a, g = (torch.cat([_sequence(call[i]) for call in kept], 1) for i in (0, 1))
+        else:
+            a, g = _sequence(kept[0][0]), _sequence(kept[0][1])
+        dtype = self.module.weight.dtype
+        a, g = a.to(dtype), g.to(dtype)
+        T, d, p = a.shape[1], g.shape[2], a.shape[2]
+        sums = g.squeeze(1) if T == 1 else g.sum(1)
+        live = live_rows(g, sums) if T > 1 else None
+        if live is not None:
+            a, g, sums = a[live], g[live], sums[live]
+        self.emit_bias(book, sums, live)
+        place = self.places.get("weight")
+        if place is None:
+            return
+        if self.alone and gram_is_cheaper(T, d, p, T * (d + p)):
+            book.enter(LinearEntry(place, a, g), live)
+            return
+        # The longer side goes last: the product is then up to twice as fast.
+        left, right, order = (a, g, (1, 0)) if p < d else (g, a, None)
+        out = None
+        if book.fresh(place) and d * p > SMALL:
+            out = book.room(place)[: len(a)].view(len(a), left.shape[2], right.shape[2])
+        book.instantiate(place, product(left, right, out), live, order)
+
+
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """(B, T, m), (B, T, n) -> (B, m, n), the sum over T."""
+    left = left.transpose(1, 2)
+    return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
+
+
+def _sequence(x: Tensor) -> Tensor:
+    """(B, ..., n) -> (B, T, n)."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+class LinearEntry:
+    """Gradients g^T a with a (B, T, p) and g (B, T, d)."""
+
+    def __init__(self, place: int, a: Tensor, g: Tensor) -> None:
+        self.place, self.a, self.g = place, a, g
+
+    def squares(self, owners: Owners | None) -> Tensor:
+        a, g = self.a, self.g
+        if owners is not None:
+            a, g = owners.side_by_side(a), owners.side_by_side(g)
+        return gram_squares(a, g)
+
+    def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
+        a, g = self.a, self.g
+        if broken is not None:
+            a = a.masked_fill(broken[:, None, None], 0)
+            g = g.masked_fill(broken[:, None, None], 0)
+        if a.shape[2] < g.shape[2]:
+            a = a * factors[:, None, None]
+        else:
+            g = g * factors[:, None, None]
+        out.addmm_(g.flatten(0, 1).t(), a.flatten(0, 1))
+
+
+def gram_squares(a: Tensor, g: Tensor) -> Tensor:
+    """(U,) squared norms of g^T a, for a (U, T, p) and g (U, T, d).
+
+    <a a^T, g g^T> (Goodfellow 2015, arXiv:1510.01799v2, for T = 1; Li et al. 2022,
+    arXiv:2110.05679v6, section 4, for sequences). Where its terms cancel, rounding could make the
+    sum too small, and a record would be clipped too little: it is raised by what rounding can do.
+    """
+    if a.shape[1] == 1:
+        return a.square().sum((1, 2)).mul_(g.square().sum((1, 2)))
+    aa = torch.bmm(a, a.transpose(1, 2))
+    gg = torch.bmm(g, g.transpose(1, 2))
+    reach = (aa.diagonal(dim1=1, dim2=2) * gg.diagonal(dim1=1, dim2=2)).clamp_(min=0).sqrt_()
+    total = aa.mul_(gg).sum((1, 2))
+    slack = reach.sum(1).square_().mul_(torch.finfo(a.dtype).eps / 2)
+    return total.add_(slack).clamp_(min=0)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b with W and b constant; (x, g) goes to the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: LinearLayer) -> Tensor:
+        module = layer.module
+        ctx.layer, ctx.dtype = layer, x.dtype
+        x = x.to(compute_dtype(x))
+        ctx.save_for_backward(x)
+        return F.linear(x, module.weight, module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        layer = ctx.layer
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = g.matmul(layer.module.weight.to(g.dtype)).to(ctx.dtype)
+        layer.keep(x, g)
+        return back, None, None
+
+
+LinearLayer.node = _Linear

@@ -1,0 +1,38 @@
+"""Recurrent layers. Opacus's DPGRU, DPLSTM and DPRNN are linear layers in a loop; of them only
+packed sequences need a look, since packing puts the records in another order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opacus.layers.dp_rnn import DPRNNBase
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fedfuse.errors import ModelError
+
+__all__ = ["RecurrentGuard", "is_recurrent"]
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is one of Opacus's recurrent layers."""
+    return isinstance(module, DPRNNBase)
+
+
+class RecurrentGuard:
+    """Stands before a recurrent layer's forward and refuses packed sequences."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.original = module.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives. Raises ModelError on a packed sequence."""
+        if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+            raise ModelError(
+                f"layer {self.name!r} is given a packed sequence, which puts the records in "
+                "another order",
+                where="model",
+                hint="pad the sequences, and mask what comes after their end",
+            )
+        return self.original(*args, **kwargs)

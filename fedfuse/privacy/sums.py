@@ -1,0 +1,50 @@
+"""Where a step's sums lie: side by side in memory, so that noise and division are one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedfuse.privacy.noise import NoiseStream
+
+__all__ = ["Sums"]
+
+
+class Sums:
+    """One tensor of each parameter's shape, in one flat block for each dtype and device."""
+
+    def __init__(self, parameters: Sequence[Any]) -> None:
+        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+        for p in parameters:
+            key = (p.dtype, p.device)
+            sizes[key] = sizes.get(key, 0) + p.numel()
+        blocks = {
+            (dtype, device): torch.zeros(size, dtype=dtype, device=device)
+            for (dtype, device), size in sizes.items()
+        }
+        self.blocks = list(blocks.values())
+        self.views: list[Tensor] = []
+        start = dict.fromkeys(blocks, 0)
+        for p in parameters:
+            key = (p.dtype, p.device)
+            stop = start[key] + p.numel()
+            self.views.append(blocks[key][start[key] : stop].view(p.shape))
+            start[key] = stop
+
+    def clear(self) -> None:
+        """All zero."""
+        for block in self.blocks:
+            block.zero_()
+
+    def add_noise(self, stream: NoiseStream, std: float) -> None:
+        """Adds N(0, std^2) to each number, in float64, cut to its dtype."""
+        for block in self.blocks:
+            stream.add_normal(block, std)
+
+    def divide(self, divisor: float) -> None:
+        """Divides each number."""
+        for block in self.blocks:
+            block.div_(divisor)

@@ -266,9 +266,7 @@ FAULTS = (
         old="            unclipped=ran.unclipped,\n",
         new="            unclipped=ran.unclipped,\n"
         "            problem=str(dict(ran.signal_to_noise)),\n",
-        tests=(
-            f"{RELEASES}test_all_bytes_but_the_charged_ones_are_the_same_whatever_the_records",
-        ),
+        tests=(f"{RELEASES}test_all_bytes_but_the_charged_ones_are_the_same_whatever_the_records",),
     ),
     Fault(
         line=6,
@@ -329,6 +327,14 @@ FAULTS = (
             "tests/privacy/test_ledger.py::"
             "test_runs_servers_and_settings_compose_to_what_dp_accounting_says",
         ),
+    ),
+    Fault(
+        line=7,
+        name="last-round-stated",
+        file="fedfuse/federation/spending.py",
+        old="replace(one, steps=one.steps + mechanism.steps), True",
+        new="replace(one, steps=mechanism.steps), True",
+        tests=(f"{PROMISE}test_that_nodes_are_drawn_at_random_is_no_gain",),
     ),
     Fault(
         line=7,

@@ -15,7 +15,15 @@ import tomli_w
 
 from fedfuse.data.spec import PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
-from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS, ModelConfig
+from fedfuse.models.spec import (
+    ABSENT,
+    ATTENTIVE,
+    CLASS_WEIGHTS,
+    FUSIONS,
+    LOSSES,
+    TEXT_ENCODERS,
+    ModelConfig,
+)
 from fedfuse.privacy.spec import PrivacyConfig, Unit
 
 __all__ = ["ENGINES", "STRATEGIES", "FederationConfig", "RunConfig", "TrainConfig"]
@@ -250,6 +258,9 @@ def _check(config: RunConfig) -> None:
         ("data.partition", data.partition, PARTITIONS),
         ("model.fusion", model.fusion, FUSIONS),
         ("model.text_encoder", model.text_encoder, TEXT_ENCODERS),
+        ("model.absent", model.absent, ABSENT),
+        ("model.loss", model.loss, LOSSES),
+        ("model.class_weights", model.class_weights, CLASS_WEIGHTS),
         ("train.optimizer", train.optimizer, OPTIMIZERS),
         ("train.schedule", train.schedule, SCHEDULES),
         ("privacy.unit", privacy.unit, tuple(unit.value for unit in Unit)),
@@ -275,6 +286,11 @@ def _check(config: RunConfig) -> None:
         ("model.dim", model.dim, 1, 65536),
         ("model.fusion_layers", model.fusion_layers, 1, 64),
         ("model.fusion_heads", model.fusion_heads, 1, 64),
+        ("model.fusion_width", model.fusion_width, 0, 65536),
+        ("model.fusion_rank", model.fusion_rank, 1, 1024),
+        ("model.fusion_tokens", model.fusion_tokens, 1, 1024),
+        ("model.modality_dropout", model.modality_dropout, 0, 0.95),
+        ("model.focal_gamma", model.focal_gamma, 0, 16),
         ("model.head_width", model.head_width, 0, 65536),
         ("model.image_width", model.image_width, 1, 4096),
         ("model.image_depth", model.image_depth, 1, 8),
@@ -316,7 +332,7 @@ def _check(config: RunConfig) -> None:
         if not low <= number <= high:
             raise ConfigError(f"{key} = {number}, but it must be from {low:g} to {high:g}")
     for key, width, heads in (
-        ("model.dim", model.dim, model.fusion_heads if model.fusion == "attention" else 1),
+        ("model.dim", model.dim, model.fusion_heads if model.fusion in ATTENTIVE else 1),
         (
             "model.text_width",
             model.text_width,
@@ -325,6 +341,16 @@ def _check(config: RunConfig) -> None:
     ):
         if width % heads:
             raise ConfigError(f"{key} = {width}, but it must be a multiple of its {heads} heads")
+    if (model.fusion == "graph") != bool(model.knowledge):
+        raise ConfigError(
+            f"model.fusion = {model.fusion!r}, but model.knowledge = {model.knowledge!r}",
+            hint='fusion = "graph" needs a file of triples, and nothing else uses one',
+        )
+    if model.fusion == "early" and model.absent != "zero":
+        raise ConfigError(
+            f'model.absent = {model.absent!r}, but model.fusion = "early" has no tokens',
+            hint='set model.absent = "zero"',
+        )
     if config.private and federation.weighting == "examples":
         raise ConfigError(
             'federation.weighting = "examples", but a count of records is a release',

@@ -54,11 +54,20 @@ def summarise(
         },
         "majority": task.baseline(session.test.labels),
         "metrics": metrics,
+        "slices": _plain(session.final_slices()),
         "privacy": _privacy(session),
         "data_fingerprint": fingerprint,
         "assumptions": list(assumptions),
         "notes": list(notes),
         "seconds": round(session.seconds, 3),
+    }
+
+
+def _plain(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with null in place of what is not finite."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else (value if math.isfinite(value) else None)
+        for key, value in tree.items()
     }
 
 

@@ -5,12 +5,12 @@ engine, books or a run folder around it, so that many settings can be compared o
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedfuse.config import RunConfig
-from fedfuse.data.dataset import Dataset
 from fedfuse.data.prepare import Prepared
 from fedfuse.evaluate import evaluate
 from fedfuse.federation.node import new_trainer
@@ -18,6 +18,7 @@ from fedfuse.federation.rounds import job_of
 from fedfuse.federation.settle import settle
 from fedfuse.models.cost import Cost, cost_of
 from fedfuse.tasks import Task
+from fedfuse.train import Records
 
 __all__ = ["Found", "federated"]
 
@@ -30,7 +31,7 @@ class Found:
     cost: Cost
 
 
-def federated(config: RunConfig, prepared: Prepared, sets: dict[str, Dataset]) -> Found:
+def federated(config: RunConfig, prepared: Prepared, sets: Mapping[str, Records]) -> Found:
     """FedAvg with equal weights over all nodes, as `config` says; the last model's figures."""
     sizes = [len(shard.rows) for shard in prepared.shards]
     settled = settle(config, mean_records=sum(sizes) / len(sizes), mean_subjects=0)

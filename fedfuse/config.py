@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import tomli_w
 
@@ -26,7 +26,17 @@ from fedfuse.models.spec import (
 )
 from fedfuse.privacy.spec import PrivacyConfig, Unit
 
-__all__ = ["ENGINES", "STRATEGIES", "FederationConfig", "RunConfig", "TrainConfig"]
+__all__ = [
+    "ENGINES",
+    "STRATEGIES",
+    "FederationConfig",
+    "RunConfig",
+    "TrainConfig",
+    "toml",
+    "typed",
+]
+
+T = TypeVar("T")
 
 ENGINES = ("loopback", "ray")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox", "trimmed-mean", "median")
@@ -112,21 +122,12 @@ class RunConfig:
 
         Raises ConfigError on an unknown key or a value of the wrong type, naming it.
         """
-        return cast("RunConfig", _build(cls, tree, where, ""))
+        return typed(cls, tree, where=where)
 
     @classmethod
     def from_toml(cls, path: Path) -> RunConfig:
         """The configuration in a TOML file. Raises ConfigError."""
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                "no such file", where=str(path), hint="see simulations/ for scenarios to start from"
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(
-                f"cannot be read as TOML: {error}", where=str(path), hint="mend the line it names"
-            ) from None
+        tree = toml(path, missing="see simulations/ for scenarios to start from")
         return cls.from_dict(tree, where=str(path))
 
     @classmethod
@@ -183,11 +184,31 @@ class RunConfig:
         tree = self.to_dict()
         for key, value in changes.items():
             _put(tree, key, value)
-        return cast("RunConfig", _build(type(self), tree, where, ""))
+        return typed(type(self), tree, where=where)
+
+
+def toml(path: Path, *, missing: str) -> dict[str, Any]:
+    """The tables in a TOML file. Raises ConfigError; `missing` is the hint where there is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", where=str(path), hint=missing) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(
+            f"cannot be read as TOML: {error}", where=str(path), hint="mend the line it names"
+        ) from None
+
+
+def typed(cls: type[T], tree: Mapping[str, Any], *, where: str) -> T:
+    """An instance of the dataclass `cls` from nested plain values, as TOML gives them.
+
+    Raises ConfigError on an unknown key or a value of the wrong type, naming it and `where`.
+    """
+    return cast("T", _build(cls, tree, where, ""))
 
 
 def _build(cls: type[Any], tree: Mapping[str, Any], where: str, prefix: str) -> Any:
-    """An instance of the dataclass `cls` from plain values, each checked against its field."""
+    """As `typed`; `prefix` is the section's name and a dot."""
     types = get_type_hints(cls)
     unknown = sorted(set(tree) - set(types))
     if unknown:
@@ -313,6 +334,9 @@ def _check(config: RunConfig) -> None:
         ("privacy.epsilon", privacy.epsilon, 1e-3, 1e3),
         ("privacy.delta", privacy.delta, 1e-30, 0.1),
         ("privacy.clip_norm", privacy.clip_norm, 1e-9, 1e9),
+        ("privacy.clip_quantile", privacy.clip_quantile, 0.01, 0.99),
+        ("privacy.clip_rate", privacy.clip_rate, 1e-6, 2),
+        ("privacy.count_noise", privacy.count_noise, 0, 1e9),
         ("privacy.sample_rate", privacy.sample_rate, 1e-9, 1),
         ("privacy.noise_multiplier", privacy.noise_multiplier, 0, 1e6),
         ("privacy.declared_records", privacy.declared_records, 0, 10**12),
@@ -355,6 +379,11 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(
             'federation.weighting = "examples", but a count of records is a release',
             hint='take "equal", or privacy.unit = "none" and no promise',
+        )
+    if privacy.adaptive_clip and privacy.clip_shares:
+        raise ConfigError(
+            "privacy.adaptive_clip and privacy.clip_shares exclude each other",
+            hint="C adapts as a whole, or is shared out",
         )
     if privacy.unit == Unit.NODE:
         _check_node_unit(config)

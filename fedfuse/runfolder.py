@@ -3,6 +3,8 @@
     config.toml         the configuration, as given
     metrics.jsonl       a line for each round
     events.jsonl        the books: a line for each node and round, and every line counts
+    heads.jsonl         where nodes keep ledgers: the last line's hash of each, round by round
+    run.id              drawn at random: nodes' ledgers tell runs apart by it
     reserved.json       only while a round runs: its events, which count from its beginning
     model.safetensors   the released weights
     model.toml          what is needed to build the model around them
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +43,7 @@ __all__ = ["Arrays", "Checkpoint", "RunFolder"]
 Arrays = Mapping[str, NDArray[np.generic]]
 _CONFIG, _SUMMARY = "config.toml", "summary.json"
 _METRICS, _EVENTS, _RESERVED = "metrics.jsonl", "events.jsonl", "reserved.json"
+_HEADS, _ID = "heads.jsonl", "run.id"
 _WEIGHTS, _MODEL = "model.safetensors", "model.toml"
 _CHECKPOINT, _STATE = "checkpoint", "state.json"
 
@@ -77,6 +81,7 @@ class RunFolder:
             return folder
         with _telling(path):
             path.mkdir(parents=True, exist_ok=True)
+        folder._replace(_ID, f"{secrets.token_hex(16)}\n".encode())
         folder._replace(_CONFIG, config.to_toml().encode())
         return folder
 
@@ -111,6 +116,17 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The configuration of the run. Raises ConfigError."""
         return RunConfig.from_toml(self.path / _CONFIG)
+
+    def run_id(self) -> str:
+        """32 hexadecimal digits, the same for as long as the run is gone on with.
+
+        Raises RunFolderError where there are none: the run is older than this version.
+        """
+        try:
+            found = (self.path / _ID).read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            raise self._damaged(_ID, error) from None
+        return found
 
     def metrics(self) -> list[dict[str, Any]]:
         """A line for each round done."""
@@ -180,6 +196,10 @@ class RunFolder:
         self._append(_EVENTS, [event.as_dict() for event in events])
         with _telling(self.path):
             (self.path / _RESERVED).unlink(missing_ok=True)
+
+    def append_heads(self, heads: Iterable[Mapping[str, Any]]) -> None:
+        """Notes which line each node's ledger ended with: {"round", "node", "ledger", "head"}."""
+        self._append(_HEADS, heads)
 
     def forget_after(self, round: int, *, events: bool) -> None:
         """Drops the lines of rounds after `round`, which will be run again.

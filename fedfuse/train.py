@@ -15,7 +15,7 @@ from torch import nn
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.models.missing import drop_modalities
-from fedfuse.privacy.central import private_update
+from fedfuse.privacy.central import noisy_count, private_update, unclipped
 from fedfuse.privacy.dpsgd import (
     Loss,
     Part,
@@ -169,19 +169,25 @@ class Trainer:
         self, start: dict[str, NDArray[np.generic]], job: Job, secret: bytes
     ) -> Ran:
         """Unit "node": bounds what the whole round did, and adds this node's share of noise."""
-        assert job.mechanism is not None
+        mechanism = job.mechanism
+        assert mechanism is not None
         share = 0.0 if job.noise_by == "server" else job.noise_nodes**-0.5
+        end, C = self.weights(), mechanism.clip_norm
         self.load(
             private_update(
                 start,
-                self.weights(),
+                end,
                 self.trainable,
-                clip_norm=job.mechanism.clip_norm,
-                noise_multiplier=job.mechanism.noise_multiplier * share,
+                clip_norm=C,
+                noise_multiplier=mechanism.sum_noise * share,
                 stream=NoiseStream(secret, "noise"),
             )
         )
-        return Ran()
+        if not mechanism.count_noise:
+            return Ran()
+        own = float(unclipped(start, end, self.trainable, C)) - 0.5
+        stream = NoiseStream(secret, "count")
+        return Ran(unclipped=(noisy_count(own, mechanism.count_noise * share, stream),))
 
     def _parts(self, shares: str) -> tuple[list[Part], list[Part]]:
         """The parts to clip by (none where C is not shared out), and all parts of the model."""

@@ -87,6 +87,10 @@ def test_a_file_says_where_it_is_wrong(tmp_path: Path) -> None:
         ("data.skip_bad", "yes", "must be bool"),
         ("name", 3, "must be str"),
         ("federation.weighting", "examples", "is a release"),
+        ("model.fusion", "graph", "model.knowledge"),
+        ("model.fusion", "addition", "one of concat"),
+        ("model.modality_dropout", 0.99, "to 0.95"),
+        ("model.loss", "hinge", "one of auto"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_by_name(key: str, value: object, what: str) -> None:

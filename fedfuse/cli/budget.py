@@ -22,7 +22,7 @@ BAR, MOST_BARS = 24, 12
 def describe(facts: Facts) -> Iterator[str]:
     """One section of the report, in lines."""
     from fedfuse.reports.assumptions import Verdict
-    from fedfuse.reports.wording import checks, forecast, meaning
+    from fedfuse.reports.wording import checks, forecast, meaning, odds
 
     title = facts.name
     if facts.outcome is not None:
@@ -40,6 +40,8 @@ def describe(facts: Facts) -> Iterator[str]:
         yield from _row("privacy", facts.sentence)
     for problem in facts.problems:
         yield from _row("PROBLEM", problem)
+    for caution in facts.cautions:
+        yield from _row("CAUTION", caution)
     if facts.accounts:
         yield from _rows("budget", _bars(facts.accounts))
         for text in forecast(facts):
@@ -50,8 +52,8 @@ def describe(facts: Facts) -> Iterator[str]:
             f"of {worst.label}, at delta = {facts.delta:g}, for one {worst.unit}, add or remove",
         )
         for name, value, remark in checks(facts):
-            yield from _row("", f"{name:<18} {value:<18} {remark}")
-        for number, text in enumerate(meaning(facts)):
+            yield from _row("", f"{name:<18} {value:<18}  {remark}")
+        for number, text in enumerate((odds(facts), *meaning(facts))):
             yield from _row("" if number else "meaning", text)
     order = (Verdict.BROKEN, Verdict.TRUSTED, Verdict.HELD)
     ranked = sorted(facts.assumptions, key=lambda one: order.index(one.verdict))
@@ -173,6 +175,7 @@ def tree(facts: Facts) -> dict[str, Any]:
         "private": facts.private,
         "statement": facts.sentence,
         "problems": list(facts.problems),
+        "cautions": list(facts.cautions),
         "outcome": asdict(facts.outcome) if facts.outcome else None,
         "files": dict(facts.hashes),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,15 +12,17 @@ from typing import Any
 
 from fedfuse.cli.terms import Asked
 from fedfuse.errors import ConfigError
-from fedfuse.privacy.accounting import CALIBRATION_GRID, STATEMENT_GRID, shown
+from fedfuse.privacy.accounting import STATEMENT_GRID, shown
 from fedfuse.privacy.advice import Caution, cautions
-from fedfuse.privacy.planner import OPEN, Plan, Terms
+from fedfuse.privacy.planner import OPEN, Plan, Terms, figure
 from fedfuse.privacy.spec import Unit
 
 __all__ = ["describe", "tree"]
 
-WIDTH, INDENT = 100, 16
-ROWS = 10
+NARROWEST, WIDEST, INDENT = 60, 100, 16
+"""Text is as wide as the terminal, within these."""
+ROWS, BAR = 10, 40
+"""Lines of the table, and how long a bar is that is all of what is allowed."""
 NAMES = {
     "epsilon": "epsilon",
     "delta": "delta",
@@ -76,14 +79,14 @@ def describe(plan: Plan, asked: Asked) -> Iterator[str]:
     yield _row("steps", _steps(terms))
     yield _row(
         "spends",
-        f"epsilon {shown(plan.spent)} of {_plain(terms.epsilon)} at delta {_plain(terms.delta)}: "
+        f"epsilon {figure(plan.spent)} of {_plain(terms.epsilon)} at delta {_plain(terms.delta)}: "
         f"an upper bound by PLD, for {terms.unit.change}, against {_adversary(terms)}",
     )
     yield _row("check", _check(plan))
     yield _row(
         "one more round",
-        f"epsilon {shown(plan.spent_next)} after {terms.rounds + 1} rounds, "
-        f"{_up(plan.spent_next - plan.spent)} more",
+        f"epsilon {figure(plan.spent_next)} after {terms.rounds + 1} rounds, "
+        f"{_up(plan.spent_next - plan.spent)} more{_beyond(plan)}",
     )
     yield _row("noise", _noise(plan, asked))
     yield ""
@@ -91,10 +94,10 @@ def describe(plan: Plan, asked: Asked) -> Iterator[str]:
     for caution in cautions(plan):
         yield ""
         yield from _warning(caution)
-    command = _command(plan, asked)
-    if command:
+    words = _command(plan, asked)
+    if words:
         yield ""
-        yield f"{'run it':<{INDENT}}{command}"  # in one line, to be copied
+        yield from _continued("run it", words)
 
 
 def _origin(name: str, asked: Asked) -> str:
@@ -134,7 +137,7 @@ def _adversary(terms: Terms) -> str:
 
 
 def _check(plan: Plan) -> str:
-    text = f"epsilon {shown(plan.spent_rdp)} by RDP"
+    text = f"epsilon {figure(plan.spent_rdp)} by RDP"
     if plan.mu is not None:
         text += f"; no more than Gaussian noise of mu = {shown(plan.mu)} gives away (GDP)"
     if not plan.kept:
@@ -149,27 +152,29 @@ def _noise(plan: Plan, asked: Asked) -> str:
         return "its share is not known without --records"
     assumed = "assumed " if asked.parameters_assumed else ""
     return (
-        f"{_short(step)} times the most that the signal can be in a step, {_short(run)} times in "
-        f"the whole run ({assumed}{terms.parameters} parameters, mean over "
+        f"its norm is {_short(step)} times that of the strongest signal possible in a step, "
+        f"{_short(run)} times in the whole run ({assumed}{terms.parameters} parameters, mean over "
         f"{_count(terms.nodes, 'node')})"
     )
 
 
 def _table(plan: Plan) -> Iterator[str]:
     """Epsilon at about ten rounds."""
-    stride = -(-plan.terms.rounds // ROWS)
-    rows = [(n, e) for n, e in plan.by_round if n % stride == 0 or n == plan.terms.rounds]
+    stride = -(-len(plan.by_round) // ROWS)
+    rows = plan.by_round[stride - 1 :: stride]
+    if rows[-1] != plan.by_round[-1]:
+        rows = (*rows, plan.by_round[-1])
     width = max(len("round"), len(str(rows[-1][0])))
-    yield _row(
-        "by round",
-        f"upper bounds by PLD on a grid of {CALIBRATION_GRID:g}; the last one, as all other "
-        f"figures, on {STATEMENT_GRID:g}",
-    )
+    note = f"epsilon is at most this, by PLD on a grid of {plan.grid_by_round:g}"
+    if plan.grid_by_round != STATEMENT_GRID:
+        note += f"; in the last line, as in all other figures, on one of {STATEMENT_GRID:g}"
+    yield _row("by round", note)
     yield f"{'round':>{width}}  {'epsilon':>7}"
     most = max(rows[-1][1], plan.terms.epsilon)
+    printed = figure if plan.spent < 1 else shown  # as many decimals in each line
     for number, epsilon in rows:
-        bar = "#" * round(40 * epsilon / most) if math.isfinite(most) else ""
-        yield f"{number:>{width}}  {shown(epsilon):>7}  {bar}".rstrip()
+        bar = "#" * round(BAR * epsilon / most) if math.isfinite(most) else ""
+        yield f"{number:>{width}}  {printed(epsilon):>7}  {bar}".rstrip()
 
 
 def _warning(caution: Caution) -> Iterator[str]:
@@ -196,21 +201,40 @@ def _settings(terms: Terms) -> dict[str, Any]:
     return settings
 
 
-def _command(plan: Plan, asked: Asked) -> str:
-    """The command that runs the plan, with what differs from the scenario or the defaults; ""
+def _beyond(plan: Plan) -> str:
+    return "" if plan.spent_next <= plan.terms.epsilon else ": more than is allowed"
+
+
+def _command(plan: Plan, asked: Asked) -> list[str]:
+    """The command that runs the plan, with what differs from the scenario or the defaults; nothing
     where no node would run it, or no configuration can say it."""
     if not plan.kept:
-        return ""
+        return []
     settings, known = _settings(plan.terms), asked.base.to_flat()
     try:
         asked.base.with_values(settings)
     except ConfigError:
-        return ""
-    words = ["fedfuse", "simulate", *([str(asked.scenario)] if asked.scenario else [])]
+        return []
+    words = [f"fedfuse simulate {shlex.quote(str(asked.scenario))}"]
+    if asked.scenario is None:
+        words = ["fedfuse simulate"]
     for key, value in settings.items():
         if known[key] != value:
-            words += ["--set", f"{key}={value if isinstance(value, str) else _plain(value)}"]
-    return shlex.join(words)
+            text = value if isinstance(value, str) else _plain(value)
+            words.append(f"--set {shlex.quote(f'{key}={text}')}")
+    return words
+
+
+def _continued(name: str, words: list[str]) -> Iterator[str]:
+    """`words` as a command over several lines, which a shell takes as one."""
+    line = f"{name:<{INDENT}}{words[0]}"
+    for word in words[1:]:
+        if len(line) + len(word) + 3 > _width():
+            yield f"{line} \\"
+            line = " " * INDENT + "  " + word
+        else:
+            line += f" {word}"
+    yield line
 
 
 def _value(name: str, terms: Terms) -> str:
@@ -239,13 +263,18 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _width() -> int:
+    return min(max(shutil.get_terminal_size((WIDEST, 24)).columns, NARROWEST), WIDEST)
+
+
 def _row(name: str, text: str) -> str:
-    return textwrap.fill(
-        text,
-        width=WIDTH,
+    filled = textwrap.fill(
+        text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"),
+        width=_width(),
         initial_indent=f"{name:<{INDENT}}",
         subsequent_indent=" " * INDENT,
         break_long_words=False,
         break_on_hyphens=False,
         replace_whitespace=False,
     )
+    return filled.replace("\N{NO-BREAK SPACE}", " ")

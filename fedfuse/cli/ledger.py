@@ -27,7 +27,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-LedgerFile = Annotated[Path, typer.Argument(help="The node's ledger.", metavar="LEDGER")]
+LedgerFile = Annotated[
+    Path,
+    typer.Argument(help="The node's ledger.", metavar="LEDGER", readable=False),  # Ledger tells
+]
 KeyFile = Annotated[
     Path | None, typer.Option("--key", help="The node's private key, in PEM.", metavar="KEY")
 ]
@@ -197,7 +200,9 @@ def export(
     try:
         disk.create(out, text.encode())
     except OSError as error:
-        raise LedgerError(f"cannot write it: {error.strerror}", where=str(out)) from None
+        raise LedgerError(
+            f"cannot write it: {error.strerror}", where=str(out), hint=disk.remedy(error)
+        ) from None
 
 
 @app.command(
@@ -248,10 +253,10 @@ def anchor(
 def _row(account: Account, delta: float) -> dict[str, Any]:
     from fedfuse.privacy.accounting import shown
 
-    epsilon = _epsilon(account.history, delta)
+    epsilon = math.inf if account.exposed else _epsilon(account.history, delta)
     row = asdict(account) | {
         "epsilon": epsilon if math.isfinite(epsilon) else None,
-        "epsilon_shown": shown(epsilon),
+        "epsilon_shown": "NOT PRIVATE" if account.exposed else shown(epsilon),
     }
     del row["history"]
     return row

@@ -133,6 +133,7 @@ def plan(
         from fedfuse.reports.plan import draw_plan
 
         draw_plan(found, picture)
+        click.echo(f"epsilon by round is drawn in {picture}", err=True)
     if as_json:
         tree = forecast.tree(found, wanted)
         click.echo(json.dumps(tree, indent=2, allow_nan=False))

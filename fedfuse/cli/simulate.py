@@ -16,7 +16,7 @@ from fedfuse.config import ENGINES, RunConfig
 from fedfuse.errors import DataError, RunFolderError, UsageError
 from fedfuse.privacy.spec import Unit
 
-UNITS = (Unit.RECORD.value, Unit.NONE.value)
+UNITS = tuple(unit.value for unit in (Unit.RECORD, Unit.SUBJECT, Unit.NODE, Unit.NONE))
 
 
 def simulate(
@@ -65,6 +65,13 @@ def simulate(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with an interrupted run.", metavar="RUN")
     ] = None,
+    ledgers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep a ledger for each node here: what other runs spent there counts.",
+            metavar="DIR",
+        ),
+    ] = None,
     demo_dir: Annotated[
         Path | None, typer.Option(help="Keep the demo data set here.", metavar="DIR")
     ] = None,
@@ -103,11 +110,26 @@ def simulate(
     else:
         config = configuration(flags)
         run = out or _fresh_folder(config.name)
-    _run(config, run, demo_dir=demo_dir, resume=resume is not None, quiet=quiet, as_json=as_json)
+    _run(
+        config,
+        run,
+        demo_dir=demo_dir,
+        ledgers=ledgers,
+        resume=resume is not None,
+        quiet=quiet,
+        as_json=as_json,
+    )
 
 
 def _run(
-    config: RunConfig, run: Path, *, demo_dir: Path | None, resume: bool, quiet: bool, as_json: bool
+    config: RunConfig,
+    run: Path,
+    *,
+    demo_dir: Path | None,
+    ledgers: Path | None,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     from fedfuse.cli.progress import progress
 
@@ -116,7 +138,7 @@ def _run(
         with progress(quiet=quiet) as view:
             from fedfuse.federation.simulate import simulate as federate
 
-            summary = federate(ready, run, observer=view, resume=resume)
+            summary = federate(ready, run, observer=view, resume=resume, ledgers=ledgers)
     except KeyboardInterrupt:
         _say_what_is_saved(config, run)
         raise typer.Exit(130) from None

@@ -17,6 +17,7 @@ FILES = {
     "config.toml": "the whole configuration: fedfuse simulate config.toml runs it again",
     "metrics.jsonl": "one line a round",
     "events.jsonl": "the books: what each node spent in each round",
+    "heads.jsonl": "what each node's ledger ended with, round by round",
     "model.safetensors": "the trained weights",
     "model.toml": "what they are the weights of",
     "plots/metrics.png": "metric and loss by round",

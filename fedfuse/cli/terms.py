@@ -91,7 +91,8 @@ def asked(given: Given) -> Asked:
     values, sources = _five(given, unit, base)
     solve = _open(given, sources)
     sources[solve] = "solved"
-    nodes = given.nodes or (base.federation.min_nodes if given.scenario else 1)
+    asked_nodes = round(base.federation.fraction * base.data.nodes)
+    nodes = given.nodes or max(base.federation.min_nodes, asked_nodes)
     terms = Terms(
         unit=unit,
         units=units,
@@ -145,7 +146,8 @@ def _check_node(given: Given) -> None:
 def _units(given: Given, unit: Unit, base: RunConfig) -> int | None:
     """How many units a step draws from, as far as a flag or the scenario says it."""
     if unit is Unit.NODE:
-        return given.nodes or (base.federation.min_nodes if given.scenario else None)
+        known = max(base.federation.min_nodes, base.data.nodes)
+        return given.nodes or (known if given.scenario else None)
     privacy = base.privacy
     declared = privacy.declared_subjects if unit is Unit.SUBJECT else privacy.declared_records
     return given.records or declared or None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fedfuse.batch import Schema
 from fedfuse.data.dataset import Column, Dataset
 from fedfuse.data.decode import Decoded, decode
+from fedfuse.data.fingerprint import of_records
 from fedfuse.data.layout import Layout, plan
 from fedfuse.data.manifest import Manifest, read_manifest
 from fedfuse.data.media import looks_like_path
@@ -27,7 +28,7 @@ from fedfuse.data.target import coded_labels, with_scale
 from fedfuse.data.vector import VectorSpec
 from fedfuse.errors import DataError
 
-__all__ = ["Prepared", "open_node", "open_split", "prepare"]
+__all__ = ["Prepared", "fingerprint_of", "open_node", "open_split", "prepare"]
 
 _SHARDS = "shards.json"
 
@@ -52,6 +53,8 @@ class Prepared:
     fingerprint: str
     shared_files: int
     repeated_subjects: int
+    node_fingerprints: tuple[str, ...] = ()
+    """Of each node's records, as `fingerprint.of_records` names them; empty where not asked for."""
 
     def node(self, number: int) -> Dataset:
         """The train records of node `number`."""
@@ -68,7 +71,11 @@ class Prepared:
             self.valid.save(folder / "valid")
         for number, shard in enumerate(self.shards):
             np.save(folder / f"shard-{number}.npy", shard.rows)
-        shards = [{"name": shard.name, "absent": shard.absent} for shard in self.shards]
+        names = self.node_fingerprints or ("",) * len(self.shards)
+        shards = [
+            {"name": shard.name, "absent": shard.absent, "fingerprint": name}
+            for shard, name in zip(self.shards, names, strict=True)
+        ]
         (folder / _SHARDS).write_text(json.dumps(shards), encoding="utf-8")
 
 
@@ -78,12 +85,31 @@ def open_node(folder: Path, number: int) -> tuple[str, Dataset]:
         shard = json.loads((folder / _SHARDS).read_text(encoding="utf-8"))[number]
         rows = np.load(folder / f"shard-{number}.npy", allow_pickle=False)
     except (OSError, ValueError, LookupError) as error:
-        raise DataError(
-            f"no node {number} here ({type(error).__name__})",
-            where=str(folder),
-            hint="prepare the data again",
-        ) from None
+        raise _no_node(folder, number, error) from None
     return shard["name"], Dataset.open(folder / "train").take(rows, absent=shard["absent"])
+
+
+def fingerprint_of(folder: Path, number: int) -> str:
+    """The fingerprint of a node's records in such a folder. Raises DataError where it has none."""
+    try:
+        name = json.loads((folder / _SHARDS).read_text(encoding="utf-8"))[number]["fingerprint"]
+    except (OSError, ValueError, LookupError) as error:
+        raise _no_node(folder, number, error) from None
+    if not name:
+        raise DataError(
+            f"node {number} has no fingerprint of its records",
+            where=str(folder),
+            hint="prepare the data again with fingerprints",
+        )
+    return str(name)
+
+
+def _no_node(folder: Path, number: int, error: Exception) -> DataError:
+    return DataError(
+        f"no node {number} here ({type(error).__name__})",
+        where=str(folder),
+        hint="prepare the data again",
+    )
 
 
 def open_split(folder: Path, split: str) -> Dataset:
@@ -91,8 +117,10 @@ def open_split(folder: Path, split: str) -> Dataset:
     return Dataset.open(folder / split)
 
 
-def prepare(config: DataConfig, *, seed: int) -> Prepared:
+def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Prepared:
     """The data set that `config` names. `seed` is the partition's.
+
+    fingerprints  name each node's records by their content too, which reads every file once more
 
     Raises DataError where the manifest or a file is wrong (with config.skip_bad only where nothing
     is left), or there are no train or no test records.
@@ -131,6 +159,7 @@ def prepare(config: DataConfig, *, seed: int) -> Prepared:
         fingerprint=_fingerprint(manifest, layout),
         shared_files=shared,
         repeated_subjects=repeated,
+        node_fingerprints=_node_fingerprints(decoded, shards, manifest) if fingerprints else (),
     )
 
 
@@ -231,6 +260,14 @@ def _media_columns(layout: Layout) -> list[str]:
 def _repeated(subjects: NDArray[np.str_]) -> int:
     _, counts = np.unique(subjects[subjects != ""], return_counts=True)
     return int((counts > 1).sum())
+
+
+def _node_fingerprints(
+    decoded: Decoded, shards: tuple[NodeShard, ...], manifest: Manifest
+) -> tuple[str, ...]:
+    train = np.flatnonzero(np.array(decoded.splits, dtype=np.str_) == "train")
+    parts = [[int(i) for i in train[shard.rows]] for shard in shards]
+    return of_records(decoded.rows, parts, manifest.root)
 
 
 def _fingerprint(manifest: Manifest, layout: Layout) -> str:

@@ -1,7 +1,12 @@
-"""A node's own books: the events of all its rounds, in the state that Flower keeps for the node.
+"""A node's own books: what it has reserved and spent, in a ledger, or in Flower's state.
 
-A round is entered as "reserved" before a record is read, and becomes "spent" once its update is
-ready to leave. Whatever happens in between, the entry counts.
+A round is entered before a record is read, and committed once its update is ready to leave.
+Whatever happens in between, the entry counts.
+
+    LedgerBooks   a file of the node's own, see `fedfuse.privacy.ledger`: outlives every run, and is
+                  shared by all servers and runs that use the data
+    StateBooks    in the state that Flower keeps for the node: for simulations, where a run's
+                  nodes end with it
 """
 
 from __future__ import annotations
@@ -9,17 +14,96 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Context, RecordDict, UserConfig
 
-from fedfuse.errors import PrivacyError
-from fedfuse.privacy.spec import Event
+from fedfuse.errors import LedgerError, PrivacyError
+from fedfuse.federation.wire import TrainRequest
+from fedfuse.privacy.ledger import Allow, Entry, Ledger
+from fedfuse.privacy.spec import Event, Mechanism
 
-__all__ = ["Books", "DurableContext"]
+__all__ = ["UNSIGNED", "Books", "DurableContext", "LedgerBooks", "StateBooks"]
+
+UNSIGNED = "unsigned"
+"""In a ledger: the server of a request that nobody signed."""
 
 _KEY = "fedfuse.books"
 _LINES = "events"
+
+
+class Books(Protocol):
+    """Where a node enters what it spends."""
+
+    def reserve(self, event: Event, request: TrainRequest, allow: Allow) -> Callable[[], None]:
+        """Enters `event`, on the disk or in safety, if `allow` lets it; gives what commits it.
+
+        `allow` gets all that was spent on the same data before, and raises where no more may be.
+        Raises PrivacyError where the request was answered before. Nothing is entered then.
+        """
+        ...
+
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """Enters that a run without a promise reads the data: no figure holds for it any more."""
+        ...
+
+    def head(self) -> tuple[str, str]:
+        """(the ledger's id, the hash of its last line); ("", "") where there is no ledger."""
+        ...
+
+
+class LedgerBooks:
+    """Books in a ledger, for one data set."""
+
+    def __init__(self, ledger: Ledger, dataset: str, *, alone: bool) -> None:
+        """`alone`: refuse to spend while the ledger knows another data set: `dataset` was made
+        from the records, so it is another name as soon as one of them changes."""
+        self._ledger, self._dataset, self._alone = ledger, dataset, alone
+
+    def reserve(self, event: Event, request: TrainRequest, allow: Allow) -> Callable[[], None]:
+        """As `Books.reserve`. Raises LedgerError where the ledger cannot be used or trusted."""
+
+        def decide(history: tuple[Mechanism, ...]) -> None:
+            others = set(self._ledger.datasets()) - {self._dataset}
+            if self._alone and others:
+                raise LedgerError(
+                    "this node's records are not those that its ledger knows",
+                    where=str(self._ledger.path),
+                    hint="if records were added or changed, set data.dataset in node.toml to "
+                    f"{min(others)!r}, so that what was spent goes on counting; give other data "
+                    "a ledger or a name of its own",
+                )
+            allow(history)
+
+        entry = self._ledger.reserve(
+            self._dataset,
+            event.mechanism,
+            run=request.run,
+            server=request.server or UNSIGNED,
+            node=event.node,
+            round=event.round,
+            request=f"{request.request}/{event.node}",
+            allow=decide,
+        )
+        return lambda: self._commit(entry)
+
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """As `Books.expose`. Raises LedgerError as `reserve`."""
+        self._ledger.expose(
+            self._dataset,
+            run=request.run,
+            server=request.server or UNSIGNED,
+            node=node,
+            round=request.round,
+            request=f"{request.request}/{node}",
+        )
+
+    def _commit(self, entry: Entry) -> None:
+        self._ledger.commit(entry)
+
+    def head(self) -> tuple[str, str]:
+        """As `Books.head`."""
+        return self._ledger.id, self._ledger.head
 
 
 class DurableContext(Context):
@@ -42,35 +126,46 @@ class DurableContext(Context):
         self._keep(self.state)
 
 
-class Books:
-    """The events of one node."""
+class StateBooks:
+    """The events of one simulated node, in Flower's state."""
 
     def __init__(self, context: Context, opening: Iterable[Event] = ()) -> None:
         """`opening`: the events of earlier runs, entered if the books are new."""
         self._context = context
         if _KEY not in context.state:
-            self._write([event.as_dict() for event in opening])
+            self._write([event.as_dict() | {"request": ""} for event in opening])
 
     def events(self) -> tuple[Event, ...]:
         """All that the node has reserved or spent."""
-        return tuple(Event(**line) for line in self._read())
+        return tuple(Event(**_without(line, "request")) for line in self._read())
 
-    def reserve(self, event: Event) -> None:
-        """Enters `event` as reserved, and puts the books in safety where that can be done."""
+    def reserve(self, event: Event, request: TrainRequest, allow: Allow) -> Callable[[], None]:
+        """As `Books.reserve`; the state is put in safety where that can be done."""
         lines = self._read()
-        lines.append(dataclasses.replace(event, status="reserved").as_dict())
-        self._write(lines)
+        if any(line["request"] == request.request for line in lines):
+            raise PrivacyError(
+                f"request {request.request} was answered before: what was spent on it stays spent"
+            )
+        allow(tuple(event.mechanism for event in self.events()))
+        line = dataclasses.replace(event, status="reserved").as_dict()
+        self._write([*lines, line | {"request": request.request}])
         if isinstance(self._context, DurableContext):
             self._context.keep()
+        return lambda: self._commit(request.request)
 
-    def spend(self, event: Event) -> None:
-        """Marks the last entry, which must be `event`, as spent."""
+    def _commit(self, request: str) -> None:
         lines = self._read()
-        spent = dataclasses.replace(event, status="spent").as_dict()
-        if not lines or lines[-1] | {"status": "spent"} != spent:
+        if not lines or lines[-1]["request"] != request or lines[-1]["status"] != "reserved":
             raise PrivacyError("an update was spent that was never reserved", where="books")
-        lines[-1] = spent
+        lines[-1]["status"] = "spent"
         self._write(lines)
+
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """Nothing to enter: a simulated node ends with its run, which says NOT PRIVATE."""
+
+    def head(self) -> tuple[str, str]:
+        """No ledger."""
+        return "", ""
 
     def _read(self) -> list[dict[str, Any]]:
         text = self._context.state.config_records[_KEY][_LINES]
@@ -78,3 +173,7 @@ class Books:
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._context.state[_KEY] = ConfigRecord({_LINES: json.dumps(lines)})
+
+
+def _without(line: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name != key}

@@ -1,13 +1,14 @@
 """One node's answer to one request, the same in a simulation and on a real node.
 
     1  the request is read strictly, and refused if it is late or of another run
-    2  the node's own policy weighs its books and the rest of the run against its promise
-    3  the weights are checked against the node's own model
-    4  the round is entered in the books as reserved
+    2  the node's own policy is asked about all but the cost: who asks, for what, how much
+    3  the model is counted before it is built, and the weights are checked against it
+    4  the round is entered in the books as reserved, if they and the rest of the run as announced
+       keep the promise
     5  records are read, and the job is run
-    6  the round is marked as spent, and the update leaves
+    6  the round is committed in the books, and the update leaves
 
-Until step 4 no record has been read and nothing is spent.
+Until step 4 has ended no record has been read and nothing is spent.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from flwr.app import RecordDict
 
 from fedfuse.batch import Schema
 from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.prepare import open_node
-from fedfuse.errors import FedfuseError, WireError
+from fedfuse.errors import FedfuseError, PrivacyError, WireError
 from fedfuse.federation.books import Books
 from fedfuse.federation.policy import Policy, scrubbed
 from fedfuse.federation.wire import (
@@ -38,7 +40,7 @@ from fedfuse.federation.wire import (
     event_of,
     template_of,
 )
-from fedfuse.models.model import build_model
+from fedfuse.models.model import build_model, count_parameters
 from fedfuse.privacy.noise import round_secret
 from fedfuse.privacy.spec import Unit
 from fedfuse.tasks import Task
@@ -59,6 +61,8 @@ class Site:
     policy: Policy
     store: Path
     index: int
+    name: str = ""
+    """What servers call the node. Empty: as the prepared data does."""
     worker: int = 0
     """Which of several worker processes this is: it picks the GPU."""
 
@@ -69,47 +73,65 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
     Guarantees: the books have held the round as reserved since before a record was read; a reply
     with weights has its event marked as spent.
     """
-    name, round, event = f"node-{site.index}", 0, None
+    name, round, event = site.name or f"node-{site.index}", 0, None
     try:
         request = TrainRequest.from_record(record)
         round = request.round
-        name, dataset = _open(str(site.store), site.index)
+        known, dataset = _open(str(site.store), site.index)
+        name = site.name or known
         _check_run(request, site.config)
-        mechanism = site.policy.allow(request, books.events())
+        counts = site.config.federation.weighting == "examples"
+        mechanism = site.policy.check(request, dataset.schema, counts=counts)
+        if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:
+            _check_units(dataset)
+        _check_size(request, site.config, dataset.schema)
         trainer = trainer_for(site.config, dataset.schema, worker=site.worker)
         weights = decode(request.arrays, template_of(trainer.weights()))
+        commit = None
         if mechanism is not None:
             reserved = event_of(mechanism, node=name, round=round, status="reserved")
-            books.reserve(reserved)
+            commit = books.reserve(reserved, request, site.policy.afford(request, mechanism))
             event = reserved
+        else:
+            books.expose(name, request)
         trainer.load(weights)
         subjects = dataset.subject_numbers() if _by_subject(request) else None
         ran = trainer.run(
-            dataset, request.job, secret=_secret(site, name, round), subjects=subjects
+            dataset, request.job, secret=_secret(site, request, name), subjects=subjects
         )
         if ran.signal_to_noise:
             told = ", ".join(f"{part} {value:.3g}" for part, value in ran.signal_to_noise.items())
             _log.info("%s, round %d: signal to noise of a step: %s", name, round, told)
         arrays = encode(trainer.weights())
-        if event is not None:
-            books.spend(event)
+        if commit is not None and event is not None:
+            commit()
             event = dataclasses.replace(event, status="spent")
         promised = site.config.private or mechanism is not None
-        counts = site.config.federation.weighting == "examples" and not promised
-        weight = len(dataset) if counts else 1
+        ledger, head = books.head()
         return TrainReply(
-            node=name, round=round, status="ok", weight=float(weight), event=event, arrays=arrays
+            node=name,
+            round=round,
+            status="ok",
+            weight=float(len(dataset)) if counts and not promised else 1.0,
+            event=event,
+            arrays=arrays,
+            unclipped=ran.unclipped,
+            ledger=ledger,
+            head=head,
         )
     except Exception as error:
         # The whole story stays here, in the node's own log.
         _log.warning("%s, round %d: %s", name, round, error, exc_info=error)
         refused = isinstance(error, FedfuseError) and event is None
+        ledger, head = books.head()
         return TrainReply(
             node=name,
             round=round,
             status="refused" if refused else "failed",
             problem=scrubbed(error),
             event=event,
+            ledger=ledger,
+            head=head,
         )
 
 
@@ -153,8 +175,30 @@ def _check_run(request: TrainRequest, config: RunConfig) -> None:
         raise WireError(f"round {request.round} is over: the request came after its deadline")
 
 
-def _secret(site: Site, name: str, round: int) -> bytes:
-    """Keys sampling, noise and order. Private without a noise seed: the system's entropy."""
-    if site.config.private or site.policy.noise_seed:
-        return round_secret(site.policy.noise_seed, name, round)
-    return round_secret(f"order {site.config.seed}", name, round)
+def _check_size(request: TrainRequest, config: RunConfig, schema: Schema) -> None:
+    """Refuses a model of another size than announced, before it takes any memory."""
+    count = count_parameters(schema, config.model, vocabulary=config.data.vocabulary)
+    if count != request.parameters:
+        raise WireError(
+            f"{request.parameters:,} parameters are announced, but the configuration's model "
+            f"has {count:,}"
+        )
+
+
+def _check_units(dataset: Dataset) -> None:
+    """Refuses unit "record" where a person has several records. Says no number: it is a count."""
+    subjects = dataset.subjects[dataset.subjects != ""]
+    if len(np.unique(subjects)) < len(subjects):
+        raise PrivacyError(
+            "subjects have several records here, so a promise for one record does not cover one "
+            "person",
+            hint='ask with unit = "subject"; policy.records_are_units = true lets it through',
+        )
+
+
+def _secret(site: Site, request: TrainRequest, name: str) -> bytes:
+    """Keys sampling, noise and order. Where something is promised it is private: without a noise
+    seed of the node's own it comes from the system's entropy, whatever the server configures."""
+    if request.job.mechanism is not None or site.policy.noise_seed:
+        return round_secret(site.policy.noise_seed, name, request.round)
+    return round_secret(f"order {site.config.seed}", name, request.round)

@@ -1,79 +1,82 @@
-"""What a node allows, whoever asks: its own promise, and which error texts may leave.
+"""What a node allows, whoever asks: its own promise, its limits, and which texts may leave.
 
-The server is never trusted here. What it announces only decides how much the run would cost.
+The server is never trusted here. What it announces only decides how much the run would cost, and
+each limit that is not met is a refusal: nothing was read, and nothing is spent.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from fedfuse.errors import BudgetExceeded, ConfigError, DataError, FedfuseError, PrivacyError
+from fedfuse.batch import Schema
+from fedfuse.errors import BudgetExceeded, DataError, FedfuseError, PrivacyError
 from fedfuse.federation.wire import TrainRequest
 from fedfuse.privacy import accounting
-from fedfuse.privacy.spec import Event, Mechanism, PrivacyConfig, Unit
+from fedfuse.privacy.spec import Mechanism, PrivacyConfig, Unit
 
-__all__ = ["Policy", "scrubbed"]
+__all__ = ["OUTPUTS", "RECORD_COUNT", "UPDATE", "Policy", "scrubbed"]
+
+UPDATE, RECORD_COUNT = "update", "record-count"
+OUTPUTS = (UPDATE, RECORD_COUNT)
+"""What may leave a node at all. Losses, metrics and norms never do."""
 
 _PATH = re.compile(r"(?:[A-Za-z]:)?(?:~|\.{0,2})[/\\][^\s'\",;:()]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """One node's own promise. `noise_seed` is for simulations only."""
+    """One node's own promise, and the limits of what may be asked. None: any."""
 
     unit: Unit
     epsilon: float
     delta: float
     noise_seed: str = ""
+    """Simulations only."""
     trust_server: bool = False
     """Unit "node": that the server adds the noise, or looks at sums only, is taken on trust."""
+    records_are_units: bool = False
+    """Unit "record": go on though subjects have several records."""
+    min_noise_multiplier: float = 0.0
+    max_sample_rate: float = 1.0
+    max_clip_norm: float = 1e9
+    max_rounds: int = 1_000_000
+    max_steps: int = 10**12
+    """Of one run, all its rounds together."""
+    max_parameters: int = 10**13
+    tasks: frozenset[str] | None = None
+    modalities: frozenset[str] | None = None
+    servers: frozenset[str] | None = None
+    """Public keys; a request must be signed by one of them."""
+    outputs: frozenset[str] = frozenset({UPDATE})
 
     @classmethod
     def of(cls, privacy: PrivacyConfig) -> Policy:
         """The promise in a configuration that the node itself wrote."""
+        unit = Unit(privacy.unit)
         return cls(
-            unit=Unit(privacy.unit),
+            unit=unit,
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             noise_seed=privacy.noise_seed,
             trust_server=privacy.noise_by == "server" or privacy.noise_nodes > 1,
+            records_are_units=True,  # a simulation has looked already
+            outputs=frozenset(OUTPUTS if unit is Unit.NONE else (UPDATE,)),
         )
 
-    @classmethod
-    def of_node(cls, settings: Mapping[str, object]) -> Policy:
-        """The promise in a real node's own settings. Raises ConfigError where there is none."""
-        if settings.get("not-private") is True:
-            return cls(unit=Unit.NONE, epsilon=0.0, delta=0.0)
-        epsilon, delta = settings.get("max-epsilon"), settings.get("delta")
-        if not isinstance(epsilon, int | float) or not isinstance(delta, int | float):
-            raise ConfigError(
-                "the node's settings hold no promise",
-                where="node config",
-                hint="set max-epsilon and delta, or not-private=true",
-            )
-        unit = str(settings.get("unit", Unit.RECORD.value))
-        if unit not in (Unit.RECORD, Unit.SUBJECT, Unit.NODE):
-            raise ConfigError(
-                f"unit = {unit!r}, but it must be record, subject or node", where="node config"
-            )
-        return cls(
-            unit=Unit(unit),
-            epsilon=float(epsilon),
-            delta=float(delta),
-            trust_server=settings.get("trust-server") is True,
-        )
+    def check(self, request: TrainRequest, schema: Schema, *, counts: bool) -> Mechanism | None:
+        """The mechanism to run, if all but its cost is allowed; None where nothing is promised.
 
-    def allow(self, request: TrainRequest, history: Iterable[Event]) -> Mechanism | None:
-        """The mechanism to run, if the node may; None where nothing is promised.
+        schema  what this node's records are
+        counts  whether the answer would carry the number of records
 
-        All that the node has run or reserved, and the whole rest of the run as announced, must
-        stay within the promise: a run that cannot be finished is not begun.
-
-        Raises BudgetExceeded, or PrivacyError where another promise is asked for.
+        Raises PrivacyError: another promise, or a limit. Looks at no record.
         """
+        request.check_signature()
+        for what, hint in self._faults(request, schema, counts):
+            raise PrivacyError(what, hint=hint)
         mechanism = request.job.mechanism
         if self.unit is Unit.NONE and mechanism is None:
             return None
@@ -82,27 +85,76 @@ class Policy:
             raise PrivacyError(
                 f'this node promises unit "{self.unit}", but "{asked}" was asked for'
             )
-        job = request.job
-        if (
-            mechanism.unit is Unit.NODE
-            and (job.noise_by == "server" or job.noise_nodes > 1)
-            and not self.trust_server
+        for name, value, low, high in (
+            ("sigma", mechanism.noise_multiplier, self.min_noise_multiplier, float("inf")),
+            ("q", mechanism.sample_rate, 0.0, self.max_sample_rate),
+            ("C", mechanism.clip_norm, 0.0, self.max_clip_norm),
         ):
+            if not low <= value <= high:
+                bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+                raise PrivacyError(f"{name} = {value:g} is asked for, but this node allows {bound}")
+        if mechanism.unit is Unit.NODE and self._leaves_noise(request) and not self.trust_server:
             raise PrivacyError(
                 "this node does not trust the server with updates that carry too little noise",
                 hint="ask with noise_by = nodes and noise_nodes = 1",
             )
+        return mechanism
+
+    def afford(
+        self, request: TrainRequest, mechanism: Mechanism
+    ) -> Callable[[Iterable[Mechanism]], None]:
+        """What decides, from all that was spent before, whether the run can be paid for.
+
+        All that was run or reserved on the data, and the whole rest of the run as announced, must
+        stay within the promise: a run that cannot be finished is not begun. Raises BudgetExceeded.
+        """
         ahead = request.rounds - request.round + 1
         rest = dataclasses.replace(mechanism, steps=mechanism.steps * ahead)
-        past = [event.mechanism for event in history]
-        if not accounting.within([*past, rest], self.epsilon, self.delta):
+
+        def decide(history: Iterable[Mechanism]) -> None:
+            past = tuple(history)
+            if accounting.within([*past, rest], self.epsilon, self.delta):
+                return
+            before = ", after all that was spent before," if past else ""
             raise BudgetExceeded(
                 f"{ahead} rounds of {mechanism.steps} steps (q = {mechanism.sample_rate:g}, "
-                f"sigma = {mechanism.noise_multiplier:g}), after {len(past)} rounds before, would "
-                f"spend more than epsilon = {self.epsilon:g} (delta = {self.delta:g})",
+                f"sigma = {mechanism.noise_multiplier:g}){before} would spend more than "
+                f"epsilon = {self.epsilon:g} (delta = {self.delta:g})",
                 hint="ask for fewer rounds or steps, or for more noise",
             )
-        return mechanism
+
+        return decide
+
+    def _faults(
+        self, request: TrainRequest, schema: Schema, counts: bool
+    ) -> Iterator[tuple[str, str]]:
+        """(what, hint) of each limit that the request does not keep, besides the mechanism's."""
+        if self.servers is not None and request.server not in self.servers:
+            who = f"server {request.server[:12]}..." if request.server else "an unsigned request"
+            yield f"{who} is not one that this node answers", "ask the node's operator"
+        learns = schema.target.kind.value
+        if request.task != learns:
+            yield f"task {request.task!r}, but this node's records are for {learns!r}", ""
+        if self.tasks is not None and request.task not in self.tasks:
+            yield f"task {request.task!r} is not allowed here", f"allowed: {_list(self.tasks)}"
+        if request.modalities != schema.names:
+            yield "the run's modalities are not those of this node's records", ""
+        if self.modalities is not None and (more := set(request.modalities) - self.modalities):
+            yield f"modality {min(more)!r} is not allowed here", ""
+        steps = request.job.steps * request.rounds
+        for name, value, most in (
+            ("rounds", request.rounds, self.max_rounds),
+            ("steps in all rounds", steps, self.max_steps),
+            ("parameters", request.parameters, self.max_parameters),
+        ):
+            if value > most:
+                yield f"{value:,} {name}, but this node allows {most:,}", ""
+        needed = {UPDATE, *((RECORD_COUNT,) if counts else ())}
+        if missing := needed - self.outputs:
+            yield f"{min(missing)} is not allowed to leave this node", ""
+
+    def _leaves_noise(self, request: TrainRequest) -> bool:
+        return request.job.noise_by == "server" or request.job.noise_nodes > 1
 
 
 def scrubbed(error: BaseException) -> str:
@@ -116,3 +168,7 @@ def scrubbed(error: BaseException) -> str:
         return kind
     text = " ".join(_PATH.sub("<path>", error.what).split())
     return f"{kind}: {text[:400]}"
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

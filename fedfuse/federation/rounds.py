@@ -21,8 +21,6 @@ from fedfuse.federation.strategy import Aggregate, GuardedStrategy, Mean
 from fedfuse.federation.wire import (
     TrainRequest,
     Weights,
-    config_digest,
-    encode,
     record_bytes,
     template_of,
 )
@@ -62,7 +60,7 @@ def federate(
     grid: Grid,
     *,
     config: RunConfig,
-    mechanism: Mechanism | None,
+    ask: Callable[[int, Weights], TrainRequest],
     strategy: GuardedStrategy,
     weights: Weights,
     first: int,
@@ -79,24 +77,17 @@ def federate(
     3. check each, aggregate the good ones
     4. hand the outcome to `listener`, and go on from its weights
 
-    `mechanism`: of one round, in every node; None promises nothing. `names`: of nodes by number,
+    `ask`: from the round and the weights to what each node is asked. `names`: of nodes by number,
     completed here as they answer. `mean_of`: from the weights, the round and the number of nodes
     asked to what aggregates a round with unit "node". `connected`: how many nodes to wait for
     before the first round.
     Raises FederationError where too few nodes come, or too few updates are good.
     """
-    digest, template = config_digest(config), template_of(weights)
+    template = template_of(weights)
     timeout = config.federation.round_timeout_s
     _wait_for_nodes(grid, connected, timeout)
     for round in range(first, last + 1):
-        request = TrainRequest(
-            round=round,
-            rounds=last,
-            deadline=time.time() + timeout,
-            digest=digest,
-            job=job_of(config, mechanism, round),
-            arrays=encode(weights),
-        )
+        request = ask(round, weights)
         messages = strategy.configure_train(request, grid, seed=config.seed)
         nodes = [message.metadata.dst_node_id for message in messages]
         asked = {node: names.get(node, f"node {node}") for node in nodes}

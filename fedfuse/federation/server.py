@@ -16,14 +16,17 @@ from fedfuse.federation.observer import Silent
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
+from fedfuse.privacy.signing import SigningKey
 from fedfuse.runfolder import RunFolder
 
-__all__ = ["OUT_VARIABLE", "STORE_VARIABLE", "make_server_app", "serve"]
+__all__ = ["KEY_VARIABLE", "OUT_VARIABLE", "STORE_VARIABLE", "make_server_app", "serve"]
 
 STORE_VARIABLE = "FEDFUSE_STORE"
 """Where a real server's prepared test records lie."""
 OUT_VARIABLE = "FEDFUSE_OUT"
 """A real server's run folder; one that holds an unfinished run is gone on with."""
+KEY_VARIABLE = "FEDFUSE_KEY"
+"""A real server's private key, in PEM: nodes answer servers whose public keys they know."""
 
 
 def make_server_app(
@@ -58,17 +61,21 @@ def serve(grid: Grid, config: RunConfig) -> None:
             where="environment",
             hint="the first names the prepared test records, the second the run folder",
         )
+    key = os.environ.get(KEY_VARIABLE)
+    signer = SigningKey.load(Path(key)) if key else None
     settled = settle(config, mean_records=None)
     test = open_split(Path(store), "test")
     resume = (Path(out) / "config.toml").exists()
     folder = RunFolder.create(Path(out), config, resume=resume)
     session = Session(
+        announced=config,
         config=settled.config,
         mechanism=settled.mechanism,
         folder=folder,
         schema=test.schema,
         test=test,
         observer=Silent(),
+        key=signer,
         last=config.train.rounds,
     )
     if resume:

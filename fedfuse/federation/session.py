@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -18,11 +19,20 @@ from fedfuse.federation import spending
 from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Observer, RoundRecord
 from fedfuse.federation.released import describe
-from fedfuse.federation.rounds import Outcome, federate
+from fedfuse.federation.rounds import Outcome, expected_batch, federate, job_of
 from fedfuse.federation.strategy import Mean, build_strategy
-from fedfuse.federation.wire import TrainRequest, Weights, event_of
-from fedfuse.privacy.central import noisy_mean
+from fedfuse.federation.wire import (
+    TrainRequest,
+    Weights,
+    config_digest,
+    encode,
+    event_of,
+    signed,
+)
+from fedfuse.privacy.adaptive import next_clip_norm
+from fedfuse.privacy.central import noisy_count, noisy_mean
 from fedfuse.privacy.noise import NoiseStream, round_secret
+from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.spec import Event, Mechanism, Unit
 from fedfuse.privacy.views import by_node
 from fedfuse.runfolder import Checkpoint, RunFolder
@@ -35,10 +45,12 @@ __all__ = ["Session"]
 class Session:
     """One run, as its server sees it. A listener of `federate`, and a source for the summary."""
 
+    announced: RunConfig
+    """The configuration as it was written: what nodes have too, and compare by its digest."""
     config: RunConfig
-    """With sigma and declared_records resolved."""
+    """The same with sigma and declared_records resolved; all of that is in what nodes are asked."""
     mechanism: Mechanism | None
-    """Of one round."""
+    """Of the next round: its clip norm may adapt, nothing else changes."""
     folder: RunFolder
     schema: Schema
     test: Dataset
@@ -47,6 +59,8 @@ class Session:
     """All names, where the server knows them: in a simulation."""
     first: int = 1
     last: int = 1
+    key: SigningKey | None = None
+    """Signs what nodes are asked."""
     events: list[Event] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
     record: RoundRecord | None = None
@@ -82,6 +96,10 @@ class Session:
             self._strategy.restore(dict(checkpoint.strategy))
             self.first, self.done = done + 1, done
             self.seconds = float(checkpoint.extra.get("seconds", 0.0))
+            if self.mechanism is not None and "clip_norm" in checkpoint.extra:
+                self.mechanism = replace(
+                    self.mechanism, clip_norm=float(checkpoint.extra["clip_norm"])
+                )
         notes = [f"resumed after round {done}"]
         if self.mechanism is not None:
             left = spending.rounds_left(
@@ -104,7 +122,7 @@ class Session:
         federate(
             grid,
             config=self.config,
-            mechanism=self.mechanism,
+            ask=self._ask,
             strategy=self._strategy,
             weights=self._weights,
             first=self.first,
@@ -113,6 +131,24 @@ class Session:
             listener=self,
             connected=len(self.nodes) or self.config.federation.min_nodes,
             mean_of=self._mean_of,
+        )
+
+    def _ask(self, round: int, weights: Weights) -> TrainRequest:
+        return signed(
+            TrainRequest(
+                run=self.folder.run_id(),
+                request=secrets.token_hex(16),
+                round=round,
+                rounds=self.last,
+                deadline=time.time() + self.config.federation.round_timeout_s,
+                digest=config_digest(self.announced),
+                task=self.schema.target.kind.value,
+                modalities=self.schema.names,
+                parameters=self.parameters,
+                job=job_of(self.config, self.mechanism, round),
+                arrays=encode(weights),
+            ),
+            self.key,
         )
 
     def round_starts(self, request: TrainRequest, asked: dict[int, str]) -> None:
@@ -142,6 +178,14 @@ class Session:
         metrics = evaluate(self._trainer.model, self.test, self.task, device=self._trainer.device)
         events = self._spent(outcome)
         self.events += events
+        heads = [
+            {"round": outcome.round, "node": reply.node, "ledger": reply.ledger, "head": reply.head}
+            for reply in aggregate.replies.values()
+            if reply.ledger
+        ]
+        if heads:
+            self.folder.append_heads(heads)
+        self._adapt(outcome)
         for name, problem in aggregate.failures.items():
             self._tell(outcome.round, name, problem)
         for reply in aggregate.replies.values():
@@ -202,8 +246,34 @@ class Session:
             self._trainer.trainable,
             asked=asked,
             clip_norm=mechanism.clip_norm,
-            noise_multiplier=mechanism.noise_multiplier if by_server else 0.0,
+            noise_multiplier=mechanism.sum_noise if by_server else 0.0,
             stream=NoiseStream(round_secret(privacy.noise_seed, "the server", round), "noise"),
+        )
+
+    def _adapt(self, outcome: Outcome) -> None:
+        """Moves C for the next round, by what the nodes' noisy counts say; see `next_clip_norm`."""
+        mechanism, privacy = self.mechanism, self.config.privacy
+        if mechanism is None or not mechanism.count_noise:
+            return
+        counts = [c for reply in outcome.aggregate.replies.values() for c in reply.unclipped]
+        total, units = sum(counts), expected_batch(self.config) * len(counts)
+        if mechanism.unit is Unit.NODE:  # one count of one step from each
+            units = float(len(outcome.asked))
+            by_server = privacy.noise_by == "server"
+            secret = round_secret(privacy.noise_seed, "the server", outcome.round)
+            std = mechanism.count_noise if by_server else 0.0
+            total = noisy_count(total, std, NoiseStream(secret, "count"))
+        if not counts:
+            return
+        self.mechanism = replace(
+            mechanism,
+            clip_norm=next_clip_norm(
+                mechanism.clip_norm,
+                total / units + 0.5,
+                quantile=privacy.clip_quantile,
+                rate=privacy.clip_rate,
+                first=privacy.clip_norm,
+            ),
         )
 
     def _checkpoint(self, round: int) -> Checkpoint:
@@ -211,7 +281,8 @@ class Session:
             round=round,
             weights=self._weights,
             strategy=self._strategy.state(),
-            extra={"seconds": self.seconds},
+            extra={"seconds": self.seconds}
+            | ({"clip_norm": self.mechanism.clip_norm} if self.mechanism else {}),
         )
 
     def _spent(self, outcome: Outcome) -> list[Event]:

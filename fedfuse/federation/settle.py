@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from fedfuse.config import RunConfig
 from fedfuse.errors import ConfigError
+from fedfuse.federation.rounds import expected_batch
+from fedfuse.privacy.adaptive import count_noise_for
 from fedfuse.privacy.plan import plan
 from fedfuse.privacy.spec import Mechanism, Unit
 
@@ -68,9 +70,18 @@ def settle(
     whole = plan(privacy, steps=train.rounds * a_round)
     assert whole is not None  # private
     privacy = dataclasses.replace(privacy, noise_multiplier=whole.noise_multiplier)
+    config = dataclasses.replace(config, privacy=privacy)
+    mechanism = dataclasses.replace(whole, steps=a_round)
+    if privacy.adaptive_clip:
+        by_node = privacy.unit == Unit.NODE
+        units = config.federation.min_nodes if by_node else expected_batch(config)
+        noise = privacy.count_noise or count_noise_for(units, whole.noise_multiplier)
+        mechanism = dataclasses.replace(mechanism, count_noise=noise)
+        privacy = dataclasses.replace(privacy, count_noise=noise)
+        config = dataclasses.replace(config, privacy=privacy)
     return Settled(
-        config=dataclasses.replace(config, privacy=privacy),
-        mechanism=dataclasses.replace(whole, steps=a_round),
+        config=config,
+        mechanism=mechanism,
         assumptions=tuple(assumptions),
     )
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedfuse.data.prepare import Prepared, open_split, prepare
 from fedfuse.errors import PrivacyError
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
+from fedfuse.federation.ledgers import check_ledgers, open_ledgers
 from fedfuse.federation.loopback import LoopbackGrid, warm_up, worker_count
 from fedfuse.federation.observer import Observer, RunInfo
 from fedfuse.federation.rounds import expected_batch
@@ -42,6 +43,7 @@ def simulate(
     *,
     observer: Observer,
     resume: bool = False,
+    ledgers: Path | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Runs `config` with simulated nodes into the folder `out`; the summary, as written there.
@@ -53,17 +55,20 @@ def simulate(
 
     A KeyboardInterrupt (or SIGTERM) during the rounds comes out again, after what is done was kept
     with a summary whose status is "interrupted". `resume` goes on from there, with the budget as
-    it stands.
+    it stands. `ledgers`: a folder with a ledger for each node, made if it is not there; what other
+    runs spent on the same records then counts.
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
     """
     RunFolder.check(out, config, resume=resume)
+    if ledgers is not None:
+        check_ledgers(ledgers, config)
     loopback = config.federation.engine == "loopback"
     if loopback:
         warm_up()
     _sweep()
     with _terminable(), tempfile.TemporaryDirectory(prefix=f"fedfuse-{os.getpid()}-") as temporary:
-        prepared = _prepare(config, Path(temporary))
+        prepared = _prepare(config, Path(temporary), fingerprints=ledgers is not None)
         _refuse_repeats(config, prepared)
         sizes = [len(shard.rows) for shard in prepared.shards]
         settled = settle(
@@ -77,9 +82,11 @@ def simulate(
         names = tuple(shard.name for shard in prepared.shards)
         schema, fingerprint, notes = prepared.schema, prepared.fingerprint, prepared.notes
         del prepared  # from here on it is memory-mapped
+        books = open_ledgers(ledgers, names) if ledgers is not None else ()
         folder = RunFolder.create(out, config, resume=resume)
         with quiet(folder.log, verbose=verbose):
             session = Session(
+                announced=config,
                 config=settled.config,
                 mechanism=settled.mechanism,
                 folder=folder,
@@ -95,7 +102,7 @@ def simulate(
             observer.prepared(_info(session, assumptions, notes))
             status, problem = "finished", ""
             try:
-                _run(session, store, verbose=verbose)
+                _run(session, store, books, verbose=verbose)
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 problem = str(error)
@@ -115,20 +122,21 @@ def simulate(
         return summary
 
 
-def _run(session: Session, store: Path, *, verbose: bool) -> None:
+def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool) -> None:
     """Hands the session to the engine that the configuration names."""
     if session.first > session.last:
         return
-    config = session.config
+    config = session.announced
     server = make_server_app(config, session.conduct)
-    history = _history(session)
+    ledgers = tuple(str(path.absolute()) for path in books)
+    history = {} if ledgers else _history(session)
+    make_client = partial(make_client_app, config, str(store), history=history, ledgers=ledgers)
     if config.federation.engine == "ray":
         from fedfuse.federation.ray import run_on_ray
 
-        client = make_client_app(config, str(store), history=history)
         run_on_ray(
             server,
-            client,
+            make_client(),
             nodes=len(session.nodes),
             workers=config.federation.workers,
             verbose=verbose,
@@ -139,7 +147,7 @@ def _run(session: Session, store: Path, *, verbose: bool) -> None:
         {"partition-id": index, "num-partitions": count} for index in range(count)
     ]
     with LoopbackGrid(
-        partial(make_client_app, config, str(store), history=history),
+        make_client,
         nodes,
         workers=_workers(session),
         on_reply=session.on_reply,
@@ -148,7 +156,7 @@ def _run(session: Session, store: Path, *, verbose: bool) -> None:
         server(grid, Context(RUN_ID, SERVER_ID, {}, RecordDict(), {}))
 
 
-def _prepare(config: RunConfig, temporary: Path) -> Prepared:
+def _prepare(config: RunConfig, temporary: Path, *, fingerprints: bool) -> Prepared:
     """The data that `config` names; without a manifest, the demo data set."""
     data = config.data
     if not data.manifest:
@@ -156,7 +164,7 @@ def _prepare(config: RunConfig, temporary: Path) -> Prepared:
 
         manifest = make_demo(temporary / "demo", seed=config.seed)
         data = dataclasses.replace(data, manifest=str(manifest))
-    return prepare(data, seed=config.seed)
+    return prepare(data, seed=config.seed, fingerprints=fingerprints)
 
 
 def _refuse_repeats(config: RunConfig, prepared: Prepared) -> None:

@@ -5,6 +5,11 @@
                                                the whole run against its budget
                     digest                     sha256 of the public configuration: both mean the
                                                same run
+                    run, request               ids, so that runs are told apart, and nothing is
+                                               answered twice
+                    task, modalities,          what the run learns, from what, with how many
+                    parameters                 weights: weighed by the node's policy
+                    server, signature          who asks
                     job, mechanism             what to do; checked by the node, never trusted
                     weights                    the model so far: post-processing of past updates
 
@@ -13,6 +18,10 @@
                     weight                     1.0, a constant. Only where nothing is protected
                                                (unit "none") may it be the number of records
                     event                      what was run, all of it public settings
+                    unclipped                  where the clip norm adapts: noisy, and charged
+                                               with the weights
+                    ledger, head               which ledger it is in, and the hash of its last
+                                               line
                     problem                    an error's class, and its text if that was made of
                                                public settings; no path, no trace
 
@@ -27,8 +36,9 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +48,8 @@ from numpy.typing import NDArray
 from fedfuse import __version__
 from fedfuse.config import OPTIMIZERS, RunConfig
 from fedfuse.errors import PrivacyError, WireError
+from fedfuse.privacy import signing
+from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.spec import Event, Mechanism, Unit
 from fedfuse.train import Job
 
@@ -53,12 +65,17 @@ __all__ = [
     "encode",
     "event_of",
     "record_bytes",
+    "signed",
     "template_of",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 ARRAYS, CONFIG, METRICS, WEIGHT = "arrays", "config", "metrics", "weight"
 STATUSES = ("ok", "refused", "failed")
+_ID = re.compile(r"[0-9a-f]{32}")
+_KEY = re.compile(r"([0-9a-f]{64})?")
+_SIGNATURE = re.compile(r"([0-9a-f]{128})?")
+_PURPOSE = "train request"
 # Flower's strategies write these into the configuration of a request.
 _FLOWER_KEYS = frozenset({"server-round", "proximal-mu"})
 
@@ -131,28 +148,74 @@ def record_bytes(record: RecordDict) -> int:
 class TrainRequest:
     """What the server asks of a node in a round."""
 
+    run: str
+    """The run's id, 32 hexadecimal digits drawn by the server: the same in all its rounds."""
+    request: str
+    """This request's own id, 32 hexadecimal digits: a node answers it once."""
     round: int
     rounds: int
     deadline: float
     """Unix time after which the answer is thrown away; 0 is never."""
     digest: str
+    task: str
+    """What the run learns: a value of TargetKind."""
+    modalities: tuple[str, ...]
+    """What it learns from."""
+    parameters: int
+    """How many weights it trains."""
     job: Job
     arrays: ArrayRecord
+    server: str = ""
+    """The server's public key, 64 hexadecimal digits; empty where it has none."""
+    signature: str = ""
+    """Of `server`, over all else; see `signed`."""
 
     def to_record(self) -> RecordDict:
         """The message."""
+        return RecordDict({ARRAYS: self.arrays, CONFIG: ConfigRecord(self._config())})
+
+    def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
             "protocol": PROTOCOL,
             "version": __version__,
+            "run": self.run,
+            "request": self.request,
             "round": self.round,
             "rounds": self.rounds,
             "deadline": self.deadline,
             "digest": self.digest,
+            "task": self.task,
+            "modalities": list(self.modalities),
+            "parameters": self.parameters,
+            "server": self.server,
+            "signature": self.signature,
             **_flat("job", self.job, leave="mechanism"),
         }
         if self.job.mechanism is not None:
             config |= _flat("mechanism", self.job.mechanism)
-        return RecordDict({ARRAYS: self.arrays, CONFIG: ConfigRecord(config)})
+        return config
+
+    def body(self) -> bytes:
+        """What a signature covers: all but itself, the weights by their sha256."""
+        config = self._config() | {"signature": ""}
+        weights = hashlib.sha256()
+        for name in sorted(self.arrays):
+            array = self.arrays[name]
+            head = json.dumps([name, array.dtype, list(array.shape), array.stype, len(array.data)])
+            weights.update(head.encode() + b"\n")
+            weights.update(array.data)
+        text = json.dumps(config | {"weights": weights.hexdigest()}, sort_keys=True)
+        return text.encode()
+
+    def check_signature(self) -> None:
+        """Raises WireError where the request names a server that did not sign it."""
+        if self.server and not signing.verify(
+            self.server, self.body(), self.signature, purpose=_PURPOSE
+        ):
+            raise WireError(
+                f"the request names server {self.server[:12]}..., which did not sign it",
+                hint="somebody changed it on its way, or the server signs with another key",
+            )
 
     @classmethod
     def from_record(cls, record: RecordDict) -> TrainRequest:
@@ -165,12 +228,19 @@ class TrainRequest:
         mechanism = _mechanism(config)
         job = _build(Job, "job", config, mechanism=mechanism)
         request = cls(
+            run=_take(config, "run", str),
+            request=_take(config, "request", str),
             round=_take(config, "round", int),
             rounds=_take(config, "rounds", int),
             deadline=_take(config, "deadline", float),
             digest=_take(config, "digest", str),
+            task=_take(config, "task", str),
+            modalities=_names(config),
+            parameters=_take(config, "parameters", int),
             job=job,
             arrays=arrays,
+            server=_take(config, "server", str),
+            signature=_take(config, "signature", str),
         )
         _no_more(config)
         request._check()
@@ -178,9 +248,20 @@ class TrainRequest:
 
     def _check(self) -> None:
         job = self.job
+        for name, text, form in (
+            ("run", self.run, _ID),
+            ("request", self.request, _ID),
+            ("server", self.server, _KEY),
+            ("signature", self.signature, _SIGNATURE),
+        ):
+            if not form.fullmatch(text):
+                raise WireError(f"{name} = {text[:140]!r} is not of the form that it must have")
+        if len(self.task) > 40 or not self.task.isprintable():
+            raise WireError("task must be a word of at most 40 characters")
         for name, value, low, high in (
             ("rounds", self.rounds, 1, 1_000_000),
             ("round", self.round, 1, self.rounds),
+            ("parameters", self.parameters, 1, 10**13),
             ("steps", job.steps, 1, 1_000_000),
             ("learning_rate", job.learning_rate, 0.0, 1e6),
             ("momentum", job.momentum, 0.0, 0.9999),
@@ -211,9 +292,21 @@ class TrainRequest:
             )
 
 
+def signed(request: TrainRequest, key: SigningKey | None) -> TrainRequest:
+    """`request` in the name of the holder of `key`, and with its signature; as it is without."""
+    if key is None:
+        return request
+    named = replace(request, server=key.public, signature="")
+    return replace(named, signature=key.sign(named.body(), purpose=_PURPOSE))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReply:
-    """What a node answers. Only an "ok" carries weights; round 0 is a request not understood."""
+    """What a node answers. Only an "ok" carries weights; round 0 is a request not understood.
+
+    Why each field may leave a node that promises something is in docs/privacy.md, and held by
+    tests/federation/test_releases.py.
+    """
 
     node: str
     round: int
@@ -222,6 +315,12 @@ class TrainReply:
     problem: str = ""
     event: Event | None = None
     arrays: ArrayRecord | None = None
+    unclipped: tuple[float, ...] = ()
+    """By step: the noisy count of unclipped units less half of all, where the clip norm adapts."""
+    ledger: str = ""
+    """The id of the node's ledger; empty where it keeps none."""
+    head: str = ""
+    """The hash of the ledger's last line, so that a rollback shows."""
 
     def to_record(self) -> RecordDict:
         """The message."""
@@ -232,6 +331,9 @@ class TrainReply:
             "round": self.round,
             "status": self.status,
             "problem": self.problem,
+            "unclipped": list(self.unclipped),
+            "ledger": self.ledger,
+            "head": self.head,
         }
         if self.event is not None:
             config |= _flat("event", self.event)
@@ -262,6 +364,9 @@ class TrainReply:
             weight=_weight(record, counts=counts),
             event=event,
             arrays=arrays if ok else None,
+            unclipped=_numbers(config, "unclipped"),
+            ledger=_take(config, "ledger", str),
+            head=_take(config, "head", str),
         )
         _no_more(config)
         reply._check(request)
@@ -282,7 +387,17 @@ class TrainReply:
             raise WireError('weights come with status "ok", and only with it')
         if self.round != request.round and (self.status == "ok" or self.round != 0):
             raise WireError(f"an answer to round {self.round} came in round {request.round}")
+        if (self.ledger, self.head) != ("", "") and not (
+            _ID.fullmatch(self.ledger) and _KEY.fullmatch(self.head) and self.head
+        ):
+            raise WireError("ledger and head are not of the form that they must have")
         mechanism = request.job.mechanism
+        counted = self.status == "ok" and mechanism is not None and mechanism.count_noise > 0
+        counts = mechanism.steps if counted and mechanism is not None else 0
+        if len(self.unclipped) != counts:
+            raise WireError(
+                f"{len(self.unclipped)} counts of unclipped units, but {counts} are due"
+            )
         if (self.status == "ok" and mechanism is not None) and self.event is None:
             raise WireError("a private update came without its event")
         if self.event is not None:
@@ -330,6 +445,20 @@ def _mechanism(config: dict[str, Any]) -> Mechanism | None:
         raise WireError(f"not a mechanism: {error}") from None
 
 
+def _names(config: dict[str, Any]) -> tuple[str, ...]:
+    names = _take(config, "modalities", list)
+    if not (0 < len(names) <= 64 and all(isinstance(n, str) and 0 < len(n) <= 200 for n in names)):
+        raise WireError("modalities must be 1 to 64 names")
+    return tuple(names)
+
+
+def _numbers(config: dict[str, Any], key: str) -> tuple[float, ...]:
+    numbers = _take(config, key, list)
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        raise WireError(f"{key} holds what is no finite number")
+    return tuple(float(n) for n in numbers)
+
+
 def _weight(record: RecordDict, *, counts: bool) -> float:
     metrics = record.metric_records.get(METRICS)
     if len(record.metric_records) != 1 or metrics is None or set(metrics) != {WEIGHT}:
@@ -349,9 +478,13 @@ def _flat(prefix: str, value: Any, *, leave: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    return {
+    """The fields of a dataclass as the wire carries them: what is a float there is one here too, so
+    that both sides sign the same text."""
+    kinds = {field.name: field.type for field in fields(value)}
+    plain = {
         key: item.value if isinstance(item, Unit) else item for key, item in asdict(value).items()
     }
+    return {key: float(item) if kinds[key] == "float" else item for key, item in plain.items()}
 
 
 def _build(cls: type[T], prefix: str, config: dict[str, Any], **given: Any) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from fedfuse.models.knowledge import Graph, read_graph
 from fedfuse.models.raw import RawFeatures, raw_width
 from fedfuse.models.spec import ModelConfig
 
-__all__ = ["FusionModel", "build_model"]
+__all__ = ["FusionModel", "build_model", "count_parameters"]
 
 
 class FusionModel(nn.Module):
@@ -126,11 +127,23 @@ def build_model(
     `graph` goes before the file that config.knowledge names. torch's global generator is left as
     it was. Raises ModelError where the file cannot be used, or the operator cannot be made.
     """
-    if graph is None and config.fusion == "graph":
-        graph = read_graph(Path(config.knowledge), config.knowledge_sha256)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FusionModel(schema, config, vocabulary, graph)
+        return FusionModel(schema, config, vocabulary, _graph(config, graph))
+
+
+@lru_cache(maxsize=64)
+def count_parameters(schema: Schema, config: ModelConfig, *, vocabulary: int = 4096) -> int:
+    """How many weights of that model are trained. No memory is taken for them."""
+    with torch.device("meta"):
+        model = FusionModel(schema, config, vocabulary, _graph(config, None))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _graph(config: ModelConfig, graph: Graph | None) -> Graph | None:
+    if graph is None and config.fusion == "graph":
+        return read_graph(Path(config.knowledge), config.knowledge_sha256)
+    return graph
 
 
 def _head(width: int, hidden: int, outputs: int) -> nn.Module:

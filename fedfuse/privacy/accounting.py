@@ -14,18 +14,19 @@ Guarantees
 
 Sources
     PLD: Koskela et al. 2020 (arXiv:1906.03049v3); Doroshenko et al. 2022 (arXiv:2207.04380v3),
-    as in dp-accounting 0.6, pessimistic estimate: an upper bound of the true epsilon, up to the
-    rounding of its floating-point transforms (tests compare with other ways of computing).
-    RDP: Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1) for Poisson sampling; conversion by
-    Canonne, Kamath, Steinke 2020 (arXiv:2004.00010v5), proposition 12.
+    algorithm 1, as in dp-accounting 0.6, pessimistic estimate: an upper bound of the true epsilon,
+    up to the rounding of its floating-point transforms (tests compare with other ways).
+    RDP: Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1), section 3.3, for Poisson sampling;
+    conversion by Canonne, Kamath, Steinke 2020 (arXiv:2004.00010v5), proposition 12.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from decimal import ROUND_CEILING
 from functools import lru_cache
 
 from fedfuse.errors import PrivacyError
@@ -40,6 +41,7 @@ from fedfuse.privacy.composition import (
     loss,
     merged,
 )
+from fedfuse.privacy.search import border, farthest, rounded
 from fedfuse.privacy.spec import Mechanism, Unit
 
 __all__ = [
@@ -85,6 +87,9 @@ def epsilon(
     too many cells of `grid` a coarser grid is taken, and beyond that RDP: always an upper bound.
     Full batches alone have a closed form.
 
+    Doroshenko et al. 2022 (arXiv:2207.04380v3), algorithm 1 (PLD by connecting the dots), composed
+    by FFT; the pairs in `composition` say for which mechanisms.
+
     >>> from fedfuse.privacy.spec import Unit
     >>> one = Mechanism(unit=Unit.RECORD, sample_rate=0.01, noise_multiplier=1.0, clip_norm=1.0,
     ...                 steps=1000)
@@ -103,7 +108,10 @@ def delta(
     grid: float = STATEMENT_GRID,
     relation: Relation = Relation.ADD_OR_REMOVE,
 ) -> float:
-    """Upper bound on delta at `epsilon` >= 0: the other way round from `epsilon`."""
+    """Upper bound on delta at `epsilon` >= 0: the other way round from `epsilon`.
+
+    The hockey-stick divergence E[(1 - exp(epsilon - L))_+] of the same composed loss L.
+    """
     return curve(mechanisms, [epsilon], grid=grid, relation=relation)[0]
 
 
@@ -152,12 +160,20 @@ def epsilon_below(mechanisms: Iterable[Mechanism], delta: float) -> float:
 
 
 def epsilon_rdp(mechanisms: Iterable[Mechanism], delta: float) -> float:
-    """The same by Renyi differential privacy: looser, and computed along another way."""
+    """The same by Renyi differential privacy: looser, and computed along another way.
+
+    Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1), section 3.3; converted by Canonne, Kamath,
+    Steinke 2020 (arXiv:2004.00010v5), proposition 12.
+    """
     return _epsilon_rdp(fewer(merged(mechanisms)), _checked(delta))
 
 
 def epsilon_opacus(mechanisms: Iterable[Mechanism], delta: float) -> float:
-    """The same by Opacus's own RDP accountant. Loads torch; for the report's comparison only."""
+    """The same by Opacus's own RDP accountant. Loads torch; for the report's comparison only.
+
+    Mironov, Talwar, Zhang 2019 (arXiv:1908.10530v1), section 3.3; converted by Balle et al. 2020
+    (arXiv:1905.09982), theorem 21, as Opacus 1.6 says.
+    """
     from opacus.accountants.analysis import rdp
 
     counts = fewer(merged(mechanisms))
@@ -173,33 +189,44 @@ def epsilon_opacus(mechanisms: Iterable[Mechanism], delta: float) -> float:
 
 
 def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """The smallest sigma, to 0.1 %, with which `steps` steps at `sample_rate` cost <= `epsilon`.
+    """The smallest sigma of four digits with which `within` allows `steps` steps.
 
-    Found on the coarse grid from above, so that the fine grid's statement stays within `epsilon`;
-    never below LEAST_SIGMA.
+    Never below LEAST_SIGMA. A run without a sigma of its own takes this one, and `fedfuse plan`
+    prints it.
     Raises PrivacyError where no sigma up to 1e6 is enough.
     """
     _positive(epsilon)
+    _checked(delta)
 
-    def cost(sigma: float) -> float:
-        return _epsilon_pld(((sample_rate, sigma, steps),), _checked(delta), CALIBRATION_GRID)
+    def cost(log_precision: float) -> float:
+        """On the coarse grid, which is cheap and never too low; rises as noise falls."""
+        return _epsilon_pld(_kind(sample_rate, math.exp(-log_precision), steps), delta, coarse)
 
-    low = high = 1.0
-    while cost(high) > epsilon:
-        low, high = high, high * 2
-        if high > 1e6:
+    def fine(sigma: float) -> float:
+        return _figure(_kind(sample_rate, sigma, steps), epsilon, delta)
+
+    coarse, least = CALIBRATION_GRID, -math.log(LEAST_SIGMA)
+    low, high = 0.0, math.log(2)
+    while cost(low) > epsilon:
+        low, high = low - math.log(2), low
+        if low < -math.log(1e6):
             raise PrivacyError(
                 f"no noise gives epsilon = {epsilon} at delta = {delta}",
                 hint="take a larger epsilon, fewer rounds or a smaller privacy.sample_rate",
             )
-    while low == high or cost(low) <= epsilon:
-        low, high = max(low / 2, LEAST_SIGMA), low
-        if low == high:
-            return high
-    while high / low > 1.001:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if cost(middle) > epsilon else (low, middle)
-    return high
+    while cost(high) <= epsilon:
+        if high == least:
+            return LEAST_SIGMA
+        low, high = high, min(high + math.log(2), least)
+    found = border(cost, epsilon, low, high, 1e-3)
+    # What the coarse grid adds hardly changes from here to where the fine one stands at epsilon.
+    added = cost(found) - _epsilon_pld(
+        _kind(sample_rate, math.exp(-found), steps), delta, STATEMENT_GRID
+    )
+    if cost(high) > epsilon + added:
+        found = border(cost, epsilon + added, found, high, 1e-5)
+    near = rounded(math.exp(-found), 4, ROUND_CEILING)
+    return max(farthest(near, lambda sigma: fine(sigma) <= epsilon, way=-1), LEAST_SIGMA)
 
 
 def most_steps(epsilon: float, delta: float, sample_rate: float, noise_multiplier: float) -> int:
@@ -226,7 +253,7 @@ def most_steps(epsilon: float, delta: float, sample_rate: float, noise_multiplie
     while high <= MOST_STEPS and coarse(high) <= epsilon:
         low, high = high, 2 * high
     if coarse(low) <= epsilon < coarse(high):
-        low = int(_border(coarse, epsilon, low, high, 1))
+        low = int(border(coarse, epsilon, low, high, 1))
     # From what the coarse grid allows, which is cheap and never too much, to what the fine does.
     ahead = max(low // 1000, 1)
     while low + ahead <= MOST_STEPS and figure(low + ahead) <= epsilon:
@@ -235,7 +262,7 @@ def most_steps(epsilon: float, delta: float, sample_rate: float, noise_multiplie
         if figure(MOST_STEPS) <= epsilon:
             return MOST_STEPS
         ahead = MOST_STEPS - low
-    return int(_border(figure, epsilon, low, low + ahead, 1))
+    return int(border(figure, epsilon, low, low + ahead, 1))
 
 
 def largest_rate(epsilon: float, delta: float, noise_multiplier: float, steps: int) -> float:
@@ -263,10 +290,10 @@ def largest_rate(epsilon: float, delta: float, noise_multiplier: float, steps: i
 
     low, ahead = math.log(least), 1e-3
     if coarse(low) <= epsilon < coarse(0.0):
-        low = _border(coarse, epsilon, low, 0.0, 1e-3)
+        low = border(coarse, epsilon, low, 0.0, 1e-3)
     while low + ahead < 0 and figure(low + ahead) <= epsilon:
         low, ahead = low + ahead, 2 * ahead
-    return math.exp(_border(figure, epsilon, low, min(low + ahead, 0.0), 1e-3))
+    return math.exp(border(figure, epsilon, low, min(low + ahead, 0.0), 1e-3))
 
 
 def within(mechanisms: Iterable[Mechanism], epsilon: float, delta: float) -> bool:
@@ -372,28 +399,6 @@ def _kind(sample_rate: float, noise_multiplier: float, steps: int) -> Counts:
         steps=steps,
     )
     return merged([one])
-
-
-def _border(
-    cost: Callable[[float], float], allowed: float, low: float, high: float, tolerance: float
-) -> float:
-    """The largest value with cost <= `allowed`, to `tolerance`: below `high`, which costs more.
-
-    `low` does not cost more. Whole numbers stay whole. False position (Illinois), which takes a
-    few evaluations of what is dear to evaluate.
-    """
-    under, over = cost(low) - allowed, cost(high) - allowed
-    while high - low > tolerance:
-        share = min(max(under / (under - over), 0.02), 0.98)
-        middle = low + (high - low) * share
-        if isinstance(low, int):
-            middle = min(max(round(middle), low + 1), int(high) - 1)
-        value = cost(middle) - allowed
-        if value <= 0:
-            low, under, over = middle, value, over / 2
-        else:
-            high, over, under = middle, value, under / 2
-    return low
 
 
 def _checked(delta: float) -> float:

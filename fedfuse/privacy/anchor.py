@@ -15,7 +15,7 @@ from fedfuse.errors import LedgerError
 from fedfuse.privacy import disk, signing
 from fedfuse.privacy.chain import Chain
 
-__all__ = ["Anchor"]
+__all__ = ["Anchor", "read_anchor"]
 
 _PURPOSE = "ledger anchor"
 _LARGEST = 4096
@@ -44,27 +44,28 @@ class Anchor:
 
     @classmethod
     def read(cls, path: Path) -> Anchor:
-        """The note in a file. Raises LedgerError, also where there is none: a ledger whose anchor
-        was taken away cannot show that it is not an older copy."""
+        """The note in a file. Raises LedgerError."""
+        return cls.parsed(read_anchor(path), path)
+
+    @classmethod
+    def parsed(cls, data: bytes, path: Path) -> Anchor:
+        """The note in the content of the file at `path`. Raises LedgerError."""
         try:
-            with path.open("rb") as file:
-                tree = json.loads(file.read(_LARGEST))
-            anchor = cls(**tree)
-        except OSError as error:
-            raise LedgerError(
-                f"the anchor cannot be read: {error.strerror}",
-                where=str(path),
-                hint="`fedfuse ledger anchor` makes one, once you know that the ledger is complete",
-            ) from None
+            anchor = cls(**json.loads(data))
         except (ValueError, TypeError) as error:
             raise LedgerError(f"it is no anchor: {error}", where=str(path)) from None
         if [type(value) for value in asdict(anchor).values()] != [str, int, str, str]:
             raise LedgerError("it is no anchor", where=str(path))
         return anchor
 
+    @property
+    def data(self) -> bytes:
+        """The content of its file."""
+        return (json.dumps(asdict(self)) + "\n").encode()
+
     def write(self, path: Path) -> None:
         """Puts the note in the place of the last one, on the disk. Raises OSError."""
-        disk.replace(path, (json.dumps(asdict(self)) + "\n").encode())
+        disk.replace(path, self.data)
 
     def check(self, chain: Chain, path: Path) -> None:
         """Raises LedgerError unless `chain` has the line that was noted."""
@@ -94,3 +95,17 @@ class Anchor:
     @property
     def _message(self) -> bytes:
         return f"{self.ledger} {self.number} {self.hash}".encode()
+
+
+def read_anchor(path: Path) -> bytes:
+    """What an anchor's file holds. Raises LedgerError, also where there is none: a ledger whose
+    anchor was taken away cannot show that it is not an older copy."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return file.read(_LARGEST)
+    except OSError as error:
+        raise LedgerError(
+            f"the anchor cannot be read: {error.strerror}",
+            where=str(path),
+            hint="`fedfuse ledger anchor` makes one, once you know that the ledger is complete",
+        ) from None

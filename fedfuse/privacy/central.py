@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from fedfuse.privacy.noise import NoiseStream
 
-__all__ = ["noisy_mean", "private_update"]
+__all__ = ["noisy_count", "noisy_mean", "private_update", "unclipped"]
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Update = dict[str, NDArray[np.float64]]
@@ -48,6 +48,16 @@ def private_update(
     """
     update = _noised(_clipped(start, end, trained, clip_norm), noise_multiplier * clip_norm, stream)
     return _moved(start, update)
+
+
+def unclipped(start: Arrays, end: Arrays, trained: Iterable[str], clip_norm: float) -> bool:
+    """Whether the update is as long as it may be, or shorter: b_i of `adaptive`."""
+    return _length(_update(start, end, trained)) <= clip_norm
+
+
+def noisy_count(count: float, std: float, stream: NoiseStream) -> float:
+    """`count`, of bits less a half each, with Gaussian noise; 0: somebody else adds it."""
+    return count + (float(stream.normal(1, std)) if std else 0.0)
 
 
 def noisy_mean(
@@ -76,15 +86,23 @@ def noisy_mean(
 
 def _clipped(start: Arrays, end: Arrays, trained: Iterable[str], clip_norm: float) -> Update:
     """The update, in float64, at most `clip_norm` long; one that is not finite is zero."""
-    update = {
-        name: np.asarray(end[name], np.float64) - np.asarray(start[name], np.float64)
-        for name in sorted(trained)
-    }
-    norm = float(np.sqrt(sum(float(np.square(part).sum()) for part in update.values())))
+    update = _update(start, end, trained)
+    norm = _length(update)
     if not np.isfinite(norm):
         return {name: np.zeros_like(part) for name, part in update.items()}
     factor = min(1.0, clip_norm / norm) if norm > 0 else 1.0
     return {name: part * factor for name, part in update.items()}
+
+
+def _update(start: Arrays, end: Arrays, trained: Iterable[str]) -> Update:
+    return {
+        name: np.asarray(end[name], np.float64) - np.asarray(start[name], np.float64)
+        for name in sorted(trained)
+    }
+
+
+def _length(update: Update) -> float:
+    return float(np.sqrt(sum(float(np.square(part).sum()) for part in update.values())))
 
 
 def _noised(update: Update, std: float, stream: NoiseStream) -> Update:

@@ -32,9 +32,18 @@ __all__ = ["LONGEST", "Chain", "Entry", "Kind", "Opening"]
 FORMAT = 1
 LONGEST = 256
 """Characters in a name at the most: names come from servers, and lines are kept for ever."""
-_START = "0" * 64
+_START = b"0" * 64
 _PURPOSE = "ledger line"
 _SEAL = re.compile(rb'(\{.*),"sig":"((?:[0-9a-f]{128})?)","hash":"([0-9a-f]{64})"\}')
+_PLAIN = rb'"([ !#-\[\]-~]{0,%d})"' % LONGEST  # no escapes: printable, and the same in JSON
+_WHOLE = rb"(-1|0|[1-9][0-9]{0,15})"
+_USUAL = re.compile(
+    rb'\{"dataset":%b,"kind":"(reserved|committed|imported)","mechanism":(null|\{[^{}]*\}),'
+    rb'"node":%b,"number":%b,"of":%b,"prev":"([0-9a-f]{64})","request":%b,"round":%b,"run":%b,'
+    rb'"server":%b,"time":%b,"sig":"((?:[0-9a-f]{128})?)","hash":"([0-9a-f]{64})"\}'
+    % (_PLAIN, _PLAIN, _WHOLE, _WHOLE, _PLAIN, _WHOLE, _PLAIN, _PLAIN, _PLAIN)
+)
+_SEALED = len(',"hash":""}') + 64
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 _OPENING = {
@@ -83,6 +92,11 @@ class Kind(StrEnum):
     """What was reserved has been done; what was spent does not change."""
     IMPORTED = "imported"
     """Spent, as another ledger says."""
+    EXPOSED = "exposed"
+    """The data set was read for a run that promises nothing: no figure holds for it any more."""
+
+
+_KINDS = {kind.value.encode(): kind for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +139,8 @@ class Chain:
         """`name`: what messages call the ledger."""
         self.name = name
         self.opening: Opening | None = None
-        self.signature = ""
-        """Of the last line."""
-        self._core = b""
+        self._last = b""
+        self._head = _START
         self._hashes = bytearray()
 
     @property
@@ -136,9 +149,15 @@ class Chain:
         return len(self._hashes) // 32
 
     @property
+    def signature(self) -> str:
+        """Of the last line; empty where lines are not signed."""
+        seal = _SEAL.fullmatch(self._last)
+        return seal[2].decode() if seal else ""
+
+    @property
     def head(self) -> str:
         """The hash of the last line."""
-        return self.hash_of(self.count - 1) if self._hashes else _START
+        return self._head.decode()
 
     def hash_of(self, number: int) -> str:
         """The hash of a line that has been read."""
@@ -155,7 +174,7 @@ class Chain:
     def fork(self) -> Chain:
         """A chain that begins with the same lines, and goes on by itself."""
         other = Chain(self.name)
-        other.opening, other.signature, other._core = self.opening, self.signature, self._core
+        other.opening, other._last, other._head = self.opening, self._last, self._head
         other._hashes = bytearray(self._hashes)
         return other
 
@@ -167,28 +186,70 @@ class Chain:
         Raises LedgerError, which names the line, where it is not a line of a ledger, was changed,
         or does not follow the line before; the chain is then as it was.
         """
-        entry, tree, core, signature = self.read(line)
+        entry = self.read(line)
         if entry.kind is Kind.OPENED:
+            tree = json.loads(line)
             self.opening = Opening(
                 id=tree["ledger"], node=tree["node"], public_key=tree["public_key"]
             )
-        self._core, self.signature = core, signature
+        self._last, self._head = line, entry.hash.encode()
         self._hashes += bytes.fromhex(entry.hash)
         return entry
 
-    def read(self, line: bytes) -> tuple[Entry, dict[str, Any], bytes, str]:
+    def read(self, line: bytes) -> Entry:
         """What `take` finds in `line`; nothing is changed."""
+        return self._usual(line) or self._any(line)
+
+    def _usual(self, line: bytes) -> Entry | None:
+        """The entry in most good lines, found fast. None of any other: `_any` decides on it."""
+        found = _USUAL.fullmatch(line)
+        if found is None or self.opening is None:
+            return None
+        dataset, kind, mechanism, node, number, of, prev, *rest = found.groups()
+        request, round, run, server, time, signature, hash = rest
+        spends, count = kind != b"committed", self.count
+        if (
+            hashlib.sha256(line[:-_SEALED] + b"}").hexdigest().encode() != hash
+            or prev != self._head
+            or int(number) != count
+            or bool(signature) != bool(self.opening.public_key)
+            or (of == b"-1") != spends
+            or (mechanism != b"null") != spends
+            or round == b"-1"
+        ):
+            return None
+        try:
+            what = _mechanism_in(mechanism) if spends else None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError):
+            return None
+        return Entry(
+            number=count,
+            time=time.decode(),
+            kind=_KINDS[kind],
+            dataset=_interned(dataset),
+            mechanism=what,
+            run=_interned(run),
+            server=_interned(server),
+            node=_interned(node),
+            round=int(round),
+            request=request.decode(),
+            of=int(of),
+            hash=hash.decode(),
+        )
+
+    def _any(self, line: bytes) -> Entry:
+        """The entry in any line, or what is wrong with it."""
         seal = _SEAL.fullmatch(line)
         if seal is None:
             raise self._broken("it is not a line of a ledger")
         core, signature, hash = seal[1] + b"}", seal[2].decode(), seal[3].decode()
-        if hashlib.sha256(line[: seal.end(2) + 1] + b"}").hexdigest() != hash:
+        if hashlib.sha256(line[:-_SEALED] + b"}").hexdigest() != hash:
             raise self._broken("its hash does not fit its content: it was changed or damaged")
         try:
             tree = json.loads(core)
             if _CANONICAL.encode(tree).encode() != core:
                 raise ValueError("it is not written as fedfuse writes it")
-            return self._entry(tree, hash, signature), tree, core, signature
+            return self._entry(tree, hash, signature)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._broken(f"it is not a line of a ledger: {error}") from None
         except PrivacyError as error:
@@ -213,7 +274,10 @@ class Chain:
         opening = self.opening
         if opening is None or not opening.public_key:
             return
-        if not signing.verify(opening.public_key, self._core, self.signature, purpose=_PURPOSE):
+        seal = _SEAL.fullmatch(self._last)
+        assert seal is not None  # it was taken
+        core, signature = seal[1] + b"}", seal[2].decode()
+        if not signing.verify(opening.public_key, core, signature, purpose=_PURPOSE):
             raise self._broken(
                 "its signature is not that of the ledger's key", number=self.count - 1
             )
@@ -228,12 +292,15 @@ class Chain:
             raise PrivacyError("a ledger is opened in its first line, and nowhere else")
         _check_shape(
             tree,
-            {Kind.OPENED: _OPENING, Kind.COMMITTED: _COMMIT}.get(kind, _SPENDING),
+            {Kind.OPENED: _OPENING, Kind.COMMITTED: _COMMIT, Kind.EXPOSED: _COMMIT}.get(
+                kind, _SPENDING
+            ),
         )
         if kind is Kind.OPENED:
             if tree["format"] != FORMAT:
                 raise PrivacyError(f"its format is {tree['format']}, but {FORMAT} is known here")
-            signed = bool(tree["public_key"])
+            signed = bool(_name(tree["public_key"], "public_key"))
+            _name(tree["ledger"], "ledger")
         else:
             assert self.opening is not None  # there is a first line, and this is not it
             signed = bool(self.opening.public_key)
@@ -244,7 +311,7 @@ class Chain:
             raise PrivacyError(f"a line of kind {kind} cannot be of line {of}")
         return Entry(
             number=tree["number"],
-            time=tree["time"],
+            time=_name(tree["time"], "time"),
             kind=kind,
             dataset=_name(tree.get("dataset", ""), "dataset"),
             mechanism=_mechanism_of(mechanism),
@@ -336,6 +403,20 @@ def _check_shape(tree: dict[str, Any], shape: dict[str, type]) -> None:
             raise PrivacyError(f"{name} must be of type {kind.__name__}")
     if tree.get("round", 0) < 0:
         raise PrivacyError("round must not be negative")
+
+
+@lru_cache(maxsize=4096)
+def _mechanism_in(text: bytes) -> Mechanism | None:
+    tree = json.loads(text)
+    if _CANONICAL.encode(tree).encode() != text:
+        raise ValueError("it is not written as fedfuse writes it")
+    return _mechanism_of(tree)
+
+
+@lru_cache(maxsize=4096)
+def _interned(text: bytes) -> str:
+    """Kept once however often it is read."""
+    return sys.intern(text.decode())
 
 
 def _mechanism_of(tree: dict[str, Any] | None) -> Mechanism | None:

@@ -4,17 +4,31 @@
     replace   a file with new content: all of it, or as it was before
     append    bytes at the end, on the disk; or, where that fails, the file as it was before
 
+    remedy    what to do where one of these failed
+
 "On the disk" is what fsync promises: no more than the file system and the disk keep of it. All
 raise OSError.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["append", "create", "replace"]
+__all__ = ["append", "create", "remedy", "replace"]
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space on its disk, and try again",
+    errno.EDQUOT: "free some of this user's space on its disk, and try again",
+    errno.EFBIG: "let its file grow larger (ulimit -f), and try again",
+    errno.EROFS: "mount its disk so that it can be written",
+    errno.EACCES: "let the user that runs this read and write it",
+    errno.EPERM: "let the user that runs this read and write it",
+    errno.ENOENT: "make its folder first",
+    errno.EIO: "its disk fails: save what is on it, and mend it",
+}
 
 
 def create(path: Path, data: bytes) -> None:
@@ -49,6 +63,11 @@ def append(handle: int, end: int, data: bytes) -> None:
             os.ftruncate(handle, end)
             os.fsync(handle)
         raise
+
+
+def remedy(error: OSError) -> str:
+    """What whoever uses the file can do about `error`."""
+    return _REMEDIES.get(error.errno or 0, "look after its disk")
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -9,10 +9,13 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from weakref import WeakSet
 
 from fedfuse.errors import LedgerError
 from fedfuse.privacy import disk
@@ -25,6 +28,9 @@ _BLOCK = 1 << 20
 class Journal:
     """One opening of the file, and how far it has been read.
 
+    Between two locks no file is held open, so it may be kept for days. After a fork, parent and
+    child go on by themselves; a lock that a thread held in that moment stays with the parent.
+
     Raises LedgerError where the file is not there, cannot be used, or is not the one that was read
     before, grown at its end.
     """
@@ -34,10 +40,10 @@ class Journal:
         self.rest = b""
         """What stands behind the last line: the beginning of one that a crash cut off."""
         self._mutex = threading.RLock()
-        self._handle = -1  # while it is locked
+        self._open: FileIO | None = None  # while it is locked
         self._file: tuple[int, int] | None = None  # device and inode
-        self._end = 0  # of the lines read
-        self._last = b""  # of them
+        self._read = 0, b""  # where the lines end that were read, and the last of them
+        _JOURNALS.add(self)
 
     @contextmanager
     def locked(self, *, exclusive: bool = False) -> Iterator[bool]:
@@ -47,20 +53,19 @@ class Journal:
         within a process, and processes after a fork, exclude each other too.
         """
         with self._mutex:
-            if self._handle >= 0:
+            if self._open is not None:
                 if exclusive:
                     raise LedgerError("nothing can be entered while another entry is decided on")
                 yield False
                 return
             try:
                 with self._telling():
-                    self._handle = _lock(self.path, exclusive)
-                    self._check()
+                    self._open = file = _opened(self.path, writing=exclusive)
+                    fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+                    self._check(file)
                 yield True
             finally:
-                if self._handle >= 0:
-                    os.close(self._handle)
-                self._handle = -1
+                self._release()
 
     def fresh(self) -> Iterator[bytes]:
         """Each line since the last time, without its end; under the lock.
@@ -70,53 +75,89 @@ class Journal:
         """
         self.rest = b""
         with self._telling():
-            for line in _lines(self._handle, self._end, os.fstat(self._handle).st_size):
+            handle, (end, _) = self._handle(), self._read
+            for line in _lines(handle, end, os.fstat(handle).st_size):
                 if not line.endswith(b"\n"):
                     self.rest = line
                     return
                 yield line[:-1]
-                self._end += len(line)
-                self._last = line
+                end += len(line)
+                self._read = end, line
 
     def known(self) -> Iterator[bytes]:
-        """Each line read so far, once more; they do not change, so no lock is held."""
-        with self._telling():
-            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                for line in _lines(handle, 0, self._end):
-                    yield line[:-1]
-            finally:
-                os.close(handle)
+        """Each line read so far, once more; they do not change, so no lock is needed."""
+        with self._telling(), _opened(self.path) as file:
+            self._check(file)
+            for line in _lines(file.fileno(), 0, self._read[0]):
+                yield line[:-1]
 
     def append(self, lines: Sequence[bytes]) -> None:
         """Puts lines, given without their ends, on the disk: all, or none where that fails.
 
         Under the exclusive lock, with all before them read. What a crash left of a line is cut
-        off first. They are fresh afterwards.
+        off first. They are fresh afterwards. In a file that was replaced meanwhile nothing counts.
         """
+        handle, (end, _) = self._handle(), self._read
         try:
             if self.rest:
-                os.ftruncate(self._handle, self._end)
-            disk.append(self._handle, self._end, b"".join(line + b"\n" for line in lines))
+                os.ftruncate(handle, end)
+            disk.append(handle, end, b"".join(line + b"\n" for line in lines))
         except OSError as error:
+            what = "so nothing was entered"
+            if self._left(handle) > end:
+                what = "nor take back what it wrote, which counts where it is whole"
             raise LedgerError(
-                f"cannot write, so nothing was entered: {error.strerror}",
+                f"cannot write, {what}: {error.strerror}",
                 where=str(self.path),
-                hint="free some space, or mend the disk",
+                hint=disk.remedy(error),
             ) from None
+        with self._telling():
+            self._identify(handle)
 
-    def _check(self) -> None:
+    def _check(self, file: FileIO) -> None:
         """Raises LedgerError unless this is the file that was read, and has only grown."""
-        found, named = os.fstat(self._handle), self.path.stat()
+        size = self._identify(file.fileno())
+        end, last = self._read
+        if size < end:
+            raise self._another("it lost entries while in use")
+        if os.pread(file.fileno(), len(last), end - len(last)) != last:
+            raise self._another("it was changed while in use")
+
+    def _identify(self, handle: int) -> int:
+        """The file's size. Raises LedgerError unless it is the one that was read, by its name."""
+        found, named = os.fstat(handle), self.path.stat()
         identity = (found.st_dev, found.st_ino)
         if identity != (named.st_dev, named.st_ino) or self._file not in (None, identity):
             raise self._another("it was replaced by another file while in use")
         self._file = identity
-        if found.st_size < self._end:
-            raise self._another("it lost entries while in use")
-        start = self._end - len(self._last)
-        if os.pread(self._handle, len(self._last), start) != self._last:
-            raise self._another("it was changed while in use")
+        return found.st_size
+
+    def _handle(self) -> int:
+        """Of the locked file."""
+        if self._open is None:
+            raise LedgerError("its lock stayed with another process", where=str(self.path))
+        return self._open.fileno()
+
+    def _left(self, handle: int) -> int:
+        """How long the file is after a write that failed, as far as that can be known."""
+        try:
+            return os.fstat(handle).st_size
+        except OSError:
+            return sys.maxsize
+
+    def _release(self) -> None:
+        """Gives the lock back, though a process that was forked meanwhile may have a copy of it."""
+        held, self._open = self._open, None
+        if held is not None:
+            fcntl.flock(held, fcntl.LOCK_UN)
+            held.close()
+
+    def after_fork(self) -> None:
+        """In the child, where the thread that held mutex and lock may not be."""
+        self._mutex = threading.RLock()
+        held, self._open = self._open, None
+        if held is not None:
+            held.close()  # of the copy alone
 
     def _another(self, what: str) -> LedgerError:
         return LedgerError(
@@ -137,20 +178,31 @@ class Journal:
                 hint="restore it; `fedfuse ledger init` is for data that nothing was spent on",
             ) from None
         except OSError as error:
-            raise LedgerError(f"cannot use it: {error.strerror}", where=str(self.path)) from None
+            raise LedgerError(
+                f"cannot use it: {error.strerror}", where=str(self.path), hint=disk.remedy(error)
+            ) from None
 
 
-def _lock(path: Path, exclusive: bool) -> int:
-    flags = os.O_RDWR if exclusive else os.O_RDONLY
-    handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # not waiting at a pipe
-    try:
+_JOURNALS: WeakSet[Journal] = WeakSet()
+
+
+def _after_fork() -> None:
+    for journal in tuple(_JOURNALS):
+        journal.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _opened(path: Path, *, writing: bool = False) -> FileIO:
+    def plain(name: str, flags: int) -> int:
+        handle = os.open(name, flags | os.O_NONBLOCK)  # not waiting at a pipe
         if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
             raise OSError(errno.EINVAL, "it is not a plain file")
-        fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+        return handle
+
+    return FileIO(str(path), "r+" if writing else "r", opener=plain)
 
 
 def _lines(handle: int, start: int, end: int) -> Iterator[bytes]:

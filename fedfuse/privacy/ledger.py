@@ -19,11 +19,11 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedfuse.errors import LedgerError
 from fedfuse.privacy import disk
-from fedfuse.privacy.anchor import Anchor
+from fedfuse.privacy.anchor import Anchor, read_anchor
 from fedfuse.privacy.chain import Chain, Entry, Kind, Opening
 from fedfuse.privacy.journal import Journal
 from fedfuse.privacy.signing import SigningKey
@@ -31,14 +31,18 @@ from fedfuse.privacy.spec import Mechanism
 from fedfuse.privacy.tally import Account, Tally
 from fedfuse.privacy.verification import Report, verify
 
-__all__ = ["Account", "Entry", "Kind", "Ledger", "Report", "verify"]
+__all__ = ["Account", "Allow", "Entry", "Kind", "Ledger", "Report", "verify"]
 
 Allow = Callable[[tuple[Mechanism, ...]], None]
 """Gets all that was spent on a data set, and raises where no more may be."""
 
 
 class Ledger:
-    """The ledger in one file. Threads may share it, and any number may have the file open."""
+    """The ledger in one file. Threads may share it, and any number may have the file open.
+
+    It may be kept for days, and used in a child after a fork as well. It is not pickled: a process
+    that is started anew opens it by its path.
+    """
 
     def __init__(self, path: Path, key: SigningKey | None, anchor: Path | None) -> None:
         """Use `create` or `open`."""
@@ -47,8 +51,10 @@ class Ledger:
         """What was wrong with the file and could be got round."""
         self._key, self._anchor = key, anchor
         self._journal = Journal(path)
-        self._trusted = 0  # how many lines a checked signature covers
         self._chain, self._tally = Chain(str(path)), Tally(str(path))
+        self._trusted = 0  # how many lines a checked signature covers
+        self._noted: bytes | None = None  # the anchor last found to be right: the chain only grows
+        self._whole = True  # chain and tally have taken all lines that the journal has read
 
     @classmethod
     def create(
@@ -74,7 +80,9 @@ class Ledger:
                 hint="open it, or take another path for data that nothing was spent on",
             ) from None
         except OSError as error:
-            raise LedgerError(f"cannot create it: {error.strerror}", where=str(path)) from None
+            raise LedgerError(
+                f"cannot create it: {error.strerror}", where=str(path), hint=disk.remedy(error)
+            ) from None
         if anchor is not None:
             try:
                 _write_anchor(Anchor.of(chain, signer), anchor)
@@ -138,6 +146,15 @@ class Ledger:
         with self._locked():
             return self._tally.accounts()
 
+    def committed(self, request: str) -> bool | None:
+        """Whether what was spent on `request` was committed. None: nothing was spent on it.
+
+        False also of work that another ledger says was done: whether it was committed there is not
+        known here.
+        """
+        with self._locked():
+            return self._tally.requests.get(request)
+
     def entries(self) -> Iterator[Entry]:
         """All lines that are there now, checked once more."""
         with self._locked():
@@ -171,18 +188,13 @@ class Ledger:
         for text, name in ((dataset, "dataset"), (run, "run"), (request, "request")):
             _named(text, name)
         with self._locked(writing=True):
-            if request in self._tally.requests:
+            self._check_new(run, server, request)
+            if dataset in self._tally.exposed:
                 raise LedgerError(
-                    f"request {request!r} was answered before: what was spent on it stays spent",
+                    "these records were read for a run that promises nothing, so that no promise "
+                    "holds for them any more",
                     where=str(self.path),
-                    hint="a server that needs another answer makes another request",
-                )
-            owner = self._tally.servers.get(run, server)
-            if owner != server:
-                raise LedgerError(
-                    f"run {run!r} belongs to another server",
-                    where=str(self.path),
-                    hint="a server that begins a run gives it an id of its own",
+                    hint="what is to be protected from now on needs other records",
                 )
             line = self._chain.next_line(
                 Kind.RESERVED,
@@ -197,6 +209,47 @@ class Ledger:
             )
             allow(self._tally.history(dataset))
             return self._append([line])[0]
+
+    def expose(
+        self, dataset: str, *, run: str, server: str, node: str, round: int, request: str
+    ) -> Entry:
+        """The entry that says that a run without a promise reads `dataset`: NOT PRIVATE.
+
+        No figure holds for that data set from then on, and `reserve` refuses it. Raises LedgerError
+        as `reserve`.
+        """
+        for text, name in ((dataset, "dataset"), (run, "run"), (request, "request")):
+            _named(text, name)
+        with self._locked(writing=True):
+            self._check_new(run, server, request)
+            line = self._chain.next_line(
+                Kind.EXPOSED,
+                dataset=dataset,
+                mechanism=None,
+                run=run,
+                server=server,
+                node=node,
+                round=round,
+                request=request,
+                key=self._key,
+            )
+            return self._append([line])[0]
+
+    def _check_new(self, run: str, server: str, request: str) -> None:
+        """Raises LedgerError on a request that was answered, or a run of another server."""
+        if request in self._tally.requests:
+            raise LedgerError(
+                f"request {request!r} was answered before: what was spent on it stays spent",
+                where=str(self.path),
+                hint="a server that needs another answer makes another request",
+            )
+        owner = self._tally.servers.get(run, server)
+        if owner != server:
+            raise LedgerError(
+                f"run {run!r} belongs to another server",
+                where=str(self.path),
+                hint="a server that begins a run gives it an id of its own",
+            )
 
     def commit(self, entry: Entry) -> Entry:
         """The entry that says that what `entry` reserved has been done.
@@ -225,10 +278,13 @@ class Ledger:
             ahead, new = self._chain.fork(), []
             for entry in entries:
                 work = _work(entry)
-                if entry.mechanism is None or tuple(work.values()) in known:
+                exposed = entry.kind is Kind.EXPOSED
+                spends = entry.mechanism is not None or exposed
+                if not spends or tuple(work.values()) in known:
                     continue
                 known.add(tuple(work.values()))
-                line = ahead.next_line(Kind.IMPORTED, **work, key=self._key)
+                kind = Kind.EXPOSED if exposed else Kind.IMPORTED
+                line = ahead.next_line(kind, **work, key=self._key)
                 ahead.take(line)
                 new.append(line)
             return len(self._append(new))
@@ -245,6 +301,11 @@ class Ledger:
             _write_anchor(Anchor.of(self._chain, self._key), path)
             self._anchor = path
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Ledger cannot be pickled or copied: open it by its path where it is used"
+        )
+
     @property
     def _opening(self) -> Opening:
         assert self._chain.opening is not None  # a ledger without a first line is never opened
@@ -259,13 +320,20 @@ class Ledger:
                 self._check_trust(writing)
             yield
 
-    def _catch_up(self) -> list[Entry]:
-        """The entries appended since the last time, here or by others."""
-        entries = []
+    def _catch_up(self, entries: list[Entry] | None = None) -> None:
+        """Takes what was appended since the last time, here or by others, into `entries` too."""
+        if not self._whole:  # it was broken off in between, or a fork came
+            chain, tally = Chain(str(self.path)), Tally(str(self.path))
+            for line in self._journal.known():
+                tally.take(chain.take(line))
+            self._chain, self._tally = chain, tally
+        self._whole = False
         for line in self._journal.fresh():
             entry = self._chain.take(line)
             self._tally.take(entry)
-            entries.append(entry)
+            if entries is not None:
+                entries.append(entry)
+        self._whole = True
         if not self._chain.count:
             raise LedgerError(
                 "it holds not even a first line",
@@ -276,7 +344,6 @@ class Ledger:
         if rest:
             self._chain.check_unfinished(rest)
             self.problems = [f"an unfinished last line of {len(rest)} bytes is left out"]
-        return entries
 
     def _check_trust(self, writing: bool) -> None:
         """Raises LedgerError unless signature, key and anchor are those of the lines read."""
@@ -294,17 +361,23 @@ class Ledger:
                 hint="open it with the key that it was made with",
             )
         if self._anchor is not None:
-            Anchor.read(self._anchor).check(self._chain, self._anchor)
+            data = read_anchor(self._anchor)
+            if data != self._noted:
+                Anchor.parsed(data, self._anchor).check(self._chain, self._anchor)
+                self._noted = data
 
     def _append(self, lines: Sequence[bytes]) -> list[Entry]:
         """The entries in `lines`, which are on the disk, and anchored."""
         if not lines:
             return []
         self._journal.append(lines)
-        entries = self._catch_up()
+        entries: list[Entry] = []
+        self._catch_up(entries)
         self._trusted = self._chain.count  # signed here
         if self._anchor is not None:
-            _write_anchor(Anchor.of(self._chain, self._key), self._anchor)
+            anchor = Anchor.of(self._chain, self._key)
+            _write_anchor(anchor, self._anchor)
+            self._noted = anchor.data
         return entries
 
 
@@ -327,5 +400,5 @@ def _write_anchor(anchor: Anchor, path: Path) -> None:
         raise LedgerError(
             f"the entry counts as spent, but the anchor cannot be written: {error.strerror}",
             where=str(path),
-            hint="mend the anchor's disk; without it no work may start",
+            hint=f"{disk.remedy(error)}: without its anchor no work may start",
         ) from None

@@ -7,8 +7,8 @@ Guarantees
     every round; that nodes may be drawn at random is not claimed as a gain.
     A solved value is rounded to the side that costs less privacy, and checked again as rounded,
     with `accounting.within`, which is what a node decides by.
-    `Plan.spent` is the statement, on its fine grid. `Plan.by_round` is from the coarse one: upper
-    bounds too.
+    `Plan.spent` is the statement, on its fine grid. `Plan.by_round` may be from the coarse one:
+    upper bounds too.
     Not covered: whether the numbers were chosen by looking at the data.
 
 | solved      | rounded           | ends at                      |
@@ -25,19 +25,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR
 from typing import Any
 
 from fedfuse.errors import PrivacyError
 from fedfuse.privacy import accounting
 from fedfuse.privacy.profile import LEAST_DELTA, gdp_mu
+from fedfuse.privacy.search import farthest, rounded
 from fedfuse.privacy.spec import Mechanism, Unit
 
-__all__ = ["LEAST_DELTA", "MOST_DELTA", "OPEN", "Plan", "Terms", "make_plan"]
+__all__ = ["LEAST_DELTA", "MOST_DELTA", "OPEN", "Plan", "Terms", "figure", "make_plan"]
 
 OPEN = ("epsilon", "delta", "rounds", "sample_rate", "sigma")
 """Which of the terms can be solved for."""
 
+COARSE_ENOUGH, FINE_POINTS = 1.003, 25
+"""Epsilon by round is from the coarse grid where that overstates the whole run by no more than the
+one, else from the fine one, at no more points than the other, as it is slower."""
 MOST_DELTA = 0.1
 """With more, one unit in ten could be published as it is; a configuration refuses it too."""
 
@@ -113,6 +117,8 @@ class Plan:
     """Of the Gaussian mechanism that hides no more; None where none describes the run."""
     by_round: tuple[tuple[int, float], ...]
     """(round, epsilon up to then), upper bounds; the last is `spent`."""
+    grid_by_round: float
+    """The grid behind all of them but the last."""
 
     @property
     def noise_of_step(self) -> float | None:
@@ -152,6 +158,7 @@ def make_plan(terms: Terms, *, solve: str, points: int = 10) -> Plan:
     terms = replace(terms, **changes)
     whole = [terms.mechanism()]
     spent = accounting.epsilon(whole, terms.delta)
+    by_round, grid = _by_round(terms, spent, points)
     return Plan(
         terms=terms,
         solved=solve,
@@ -161,8 +168,20 @@ def make_plan(terms: Terms, *, solve: str, points: int = 10) -> Plan:
         spent_rdp=accounting.epsilon_rdp(whole, terms.delta),
         spent_next=accounting.epsilon([terms.mechanism(terms.rounds + 1)], terms.delta),
         mu=_mu(terms.mechanism(), spent),
-        by_round=_by_round(terms, spent, points),
+        by_round=by_round,
+        grid_by_round=grid,
     )
+
+
+def figure(epsilon: float) -> str:
+    """`epsilon` for people, never rounded down: as `accounting.shown`, below 1 with four decimals.
+
+    >>> figure(7.9912), figure(0.04985)
+    ('8.00', '0.0499')
+    """
+    if not 0 < epsilon < 1:
+        return accounting.shown(epsilon)
+    return f"{math.ceil(epsilon * 1e4 - 1e-9) / 1e4:.4f}"
 
 
 def _solve_epsilon(terms: Terms) -> tuple[float, bool]:
@@ -182,7 +201,7 @@ def _solve_delta(terms: Terms) -> tuple[float, bool]:
             "next to nothing",
             hint="take a larger epsilon, more noise or fewer rounds",
         )
-    return float(_rounded(found, 3, ROUND_CEILING)), False
+    return float(rounded(found, 3, ROUND_CEILING)), False
 
 
 def _solve_rounds(terms: Terms) -> tuple[int, bool]:
@@ -203,21 +222,15 @@ def _solve_sample_rate(terms: Terms) -> tuple[float, bool]:
     if found >= 1:
         return 1.0, True
 
-    def allowed(rate: Decimal) -> bool:
-        return rate < 1 and _kept(replace(terms, sample_rate=float(rate)))
+    def allowed(rate: float) -> bool:
+        return rate < 1 and _kept(replace(terms, sample_rate=rate))
 
-    return float(_farthest(_rounded(found, 4, ROUND_FLOOR), allowed, way=1)), False
+    return farthest(rounded(found, 4, ROUND_FLOOR), allowed, way=1), False
 
 
 def _solve_sigma(terms: Terms) -> tuple[float, bool]:
     found = accounting.calibrate(terms.epsilon, terms.delta, terms.sample_rate, terms.steps)
-    if found <= accounting.LEAST_SIGMA:
-        return accounting.LEAST_SIGMA, True
-
-    def allowed(sigma: Decimal) -> bool:
-        return _kept(replace(terms, sigma=float(sigma)))
-
-    return float(_farthest(_rounded(found, 4, ROUND_CEILING), allowed, way=-1)), False
+    return found, found <= accounting.LEAST_SIGMA
 
 
 _SOLVERS: dict[str, Callable[[Terms], tuple[float, bool]]] = {
@@ -243,26 +256,6 @@ def _kept(terms: Terms) -> bool:
     return accounting.within([terms.mechanism()], terms.epsilon, terms.delta)
 
 
-def _rounded(value: float, digits: int, rounding: str) -> Decimal:
-    """`value` cut to so many digits, to the side that is asked for."""
-    return Context(prec=digits, rounding=rounding).create_decimal(repr(value))
-
-
-def _farthest(start: Decimal, allowed: Callable[[Decimal], bool], *, way: int) -> Decimal:
-    """From `start`, which is allowed, the last allowed number in steps of its fourth digit.
-
-    The search that gave `start` was exact to 0.1 %, which is ten such steps at most, and often one.
-    """
-    unit = Decimal(way).scaleb(start.adjusted() - 3)
-    low, high = 0, 1
-    while allowed(start + high * unit):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if allowed(start + middle * unit) else (low, middle)
-    return start + low * unit
-
-
 def _mu(mechanism: Mechanism, spent: float) -> float | None:
     if spent > 100:  # the curve is 0 or 1 all along, in floating point
         return None
@@ -272,15 +265,19 @@ def _mu(mechanism: Mechanism, spent: float) -> float | None:
         return None
 
 
-def _by_round(terms: Terms, spent: float, points: int) -> tuple[tuple[int, float], ...]:
-    """Epsilon after each of `points` even strides, and after all rounds."""
+def _by_round(
+    terms: Terms, spent: float, points: int
+) -> tuple[tuple[tuple[int, float], ...], float]:
+    """Epsilon after each of `points` even strides and after all rounds, and the grid it is from."""
     if terms.sigma < accounting.LEAST_SIGMA:  # a slow account of what no node runs
         points = 1
-    stride = -(-terms.rounds // points)
     grid = accounting.CALIBRATION_GRID
-    # Fewer rounds cost no more than all of them: the finer figure of all bounds each.
+    if accounting.epsilon([terms.mechanism()], terms.delta, grid=grid) > COARSE_ENOUGH * spent:
+        grid, points = accounting.STATEMENT_GRID, min(points, FINE_POINTS)
+    stride = -(-terms.rounds // points)
+    # Fewer rounds cost no more than all of them: the figure of all bounds each.
     first = [
         (n, min(accounting.epsilon([terms.mechanism(n)], terms.delta, grid=grid), spent))
         for n in range(stride, terms.rounds, stride)
     ]
-    return (*first, (terms.rounds, spent))
+    return (*first, (terms.rounds, spent)), grid

@@ -59,7 +59,9 @@ class SigningKey:
             ) from None
         except OSError as error:
             raise PrivacyError(
-                f"the key cannot be written: {error.strerror}", where=str(path)
+                f"the key cannot be written: {error.strerror}",
+                where=str(path),
+                hint=disk.remedy(error),
             ) from None
         return cls(private)
 

@@ -56,6 +56,16 @@ class PrivacyConfig:
     """How C is shared out: "" clips the whole gradient at C; "equal" gives each modality's
     encoder, and the rest of the model, the same share; "image=2,audio=1,rest=1" gives shares in
     that proportion. The squares of the parts add up to the square of C."""
+    adaptive_clip: bool = False
+    """C follows a quantile of the gradients' norms, by a noisy count of those below it that is
+    paid for with the sum (Andrew et al. 2021, arXiv:1905.03871v5); it begins at `clip_norm`."""
+    clip_quantile: float = 0.5
+    """gamma: the share of units that C is to leave unclipped."""
+    clip_rate: float = 0.2
+    """eta_C: C goes by a factor of up to exp(eta_C) from round to round."""
+    count_noise: float = 0.0
+    """sigma_b, the noise of that count. 0: a twentieth of the expected batch, or of min_nodes
+    with unit "node", and at least twice the noise multiplier."""
     sample_rate: float = 0.25
     """q, the chance that a record is in a step's batch; declared, never derived from data."""
     noise_multiplier: float = 0.0

@@ -27,6 +27,9 @@ class Account:
     steps: int
     open: int
     """Reservations without a commit: they count as spent like all others."""
+    exposed: bool = False
+    """The data set was also read for a run that promises nothing: whatever was spent, there is no
+    guarantee. Such runs themselves are an account of unit "none"."""
     history: tuple[Mechanism, ...]
 
 
@@ -36,12 +39,14 @@ class Tally:
     def __init__(self, name: str) -> None:
         """`name`: what messages call the ledger."""
         self.name = name
-        self.requests: set[str] = set()
-        """The ids of all requests that something was spent on."""
+        self.requests: dict[str, bool] = {}
+        """The ids of all requests that something was spent on: whether it was committed here."""
         self.servers: dict[str, str] = {}
         """Of each run: the server that used its id first."""
         self.open: dict[int, Entry] = {}
         """By number: the reservations without a commit."""
+        self.exposed: set[str] = set()
+        """The data sets that a run without a promise has read."""
         self._steps: dict[str, dict[_Same, int]] = {}
         self._rounds: dict[tuple[str, Unit], dict[str, set[int]]] = {}
         self._served: dict[tuple[str, Unit], set[str]] = {}
@@ -56,6 +61,9 @@ class Tally:
                     raise self._wrong(entry, "it spends on a request for a second time")
                 self.open[entry.number] = entry
             self._spend(entry, entry.mechanism)
+        elif entry.kind is Kind.EXPOSED:
+            self._count(entry, Unit.NONE)
+            self.exposed.add(entry.dataset)
 
     def history(self, dataset: str) -> tuple[Mechanism, ...]:
         """All that was spent on `dataset`; equal mechanisms are one, with their steps summed."""
@@ -73,7 +81,7 @@ class Tally:
 
     def datasets(self) -> tuple[str, ...]:
         """The names of all data sets that something was spent on, sorted."""
-        return tuple(sorted(self._steps))
+        return tuple(sorted(self._steps.keys() | self.exposed))
 
     def accounts(self) -> tuple[Account, ...]:
         """Each data set and unit, sorted by name."""
@@ -91,6 +99,7 @@ class Tally:
                     and entry.mechanism.unit is unit
                     for entry in self.open.values()
                 ),
+                exposed=dataset in self.exposed,
                 history=history,
             )
             for (dataset, unit), rounds in sorted(self._rounds.items())
@@ -102,10 +111,9 @@ class Tally:
         if reserved is None or _asked(reserved) != _asked(entry):
             raise self._wrong(entry, f"it commits entry {entry.of}, which was not open")
         del self.open[entry.of]
+        self.requests[entry.request] = True
 
     def _spend(self, entry: Entry, mechanism: Mechanism) -> None:
-        self.requests.add(entry.request)
-        self.servers.setdefault(entry.run, entry.server)
         steps = self._steps.setdefault(entry.dataset, {})
         same = (
             mechanism.unit,
@@ -115,7 +123,12 @@ class Tally:
             mechanism.count_noise,
         )
         steps[same] = steps.get(same, 0) + mechanism.steps
-        account = entry.dataset, mechanism.unit
+        self._count(entry, mechanism.unit)
+
+    def _count(self, entry: Entry, unit: Unit) -> None:
+        self.requests.setdefault(entry.request, False)
+        self.servers.setdefault(entry.run, entry.server)
+        account = entry.dataset, unit
         self._rounds.setdefault(account, {}).setdefault(entry.run, set()).add(entry.round)
         self._served.setdefault(account, set()).add(entry.server)
 

@@ -18,9 +18,19 @@ from fedfuse.privacy.spec import Event, Unit
 if TYPE_CHECKING:
     from fedfuse.reports.facts import Account
 
-__all__ = ["Assumption", "Verdict", "of_figures", "of_ledger", "of_run"]
+__all__ = [
+    "UNKNOWN_NOISE",
+    "WITHIN_LIMITS",
+    "Assumption",
+    "Verdict",
+    "of_figures",
+    "of_ledger",
+    "of_run",
+]
 
 
+UNKNOWN_NOISE = "nobody can know or repeat the noise"
+WITHIN_LIMITS = "nobody spent more than allowed"
 _SAID = (
     "the valid and test splits belong",
     "the configuration is public and was not",
@@ -102,15 +112,17 @@ def of_ledger(*, signed: bool, lines: int, reserved: int) -> tuple[Assumption, .
     """Those of a ledger that could be opened, and so is whole."""
     return (
         Assumption(
-            text="no line was changed, or taken from the middle",
+            text="the ledger is one whole: no line was changed or taken out by itself",
             verdict=Verdict.HELD,
-            evidence=f"each of {_count(lines, 'line')} carries the hash of the one before",
+            evidence=f"each of {_count(lines, 'line')} carries the hash of the one before; who "
+            "writes all of them anew leaves no trace in the file",
         ),
         Assumption(
             text="the lines were written by the node",
-            verdict=Verdict.HELD if signed else Verdict.TRUSTED,
+            verdict=Verdict.TRUSTED,
             evidence=(
-                "the last line, which covers all others, is signed with the key in the first"
+                "the last line, which covers all others, is signed with the key that the first "
+                "one names; whether that is the node's, only a key known from elsewhere shows"
                 if signed
                 else "the ledger is not signed: whoever could write the file could write it anew"
             ),
@@ -162,7 +174,7 @@ def of_figures(accounts: Sequence[Account]) -> tuple[Assumption, ...]:
     if limited:
         found.append(
             Assumption(
-                text="nobody spent more than allowed",
+                text=WITHIN_LIMITS,
                 verdict=Verdict.BROKEN if over else Verdict.HELD,
                 evidence=(
                     f"above their limit: {', '.join(over)}"
@@ -177,7 +189,7 @@ def of_figures(accounts: Sequence[Account]) -> tuple[Assumption, ...]:
 def _noise_source(config: RunConfig) -> Assumption:
     seeded = bool(config.privacy.noise_seed)
     return Assumption(
-        text="nobody can know or repeat the noise",
+        text=UNKNOWN_NOISE,
         verdict=Verdict.BROKEN if seeded else Verdict.HELD,
         evidence=(
             "privacy.noise_seed is set: whoever knows the seed can compute the noise and remove it"
@@ -316,7 +328,8 @@ def _interrupted(events: Sequence[Event]) -> Assumption:
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> Assumption:
-    failures = sum(len(row.get("failures") or {}) for row in rows)
+    found = [row.get("failures") for row in rows]
+    failures = sum(len(each) for each in found if isinstance(each, dict))
     return Assumption(
         text="answers that failed are charged",
         verdict=Verdict.HELD,

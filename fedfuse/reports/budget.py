@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedfuse.config import RunConfig
-from fedfuse.errors import PrivacyError
+from fedfuse.errors import PrivacyError, RunFolderError
 from fedfuse.privacy import views
 from fedfuse.privacy.accounting import shown
 from fedfuse.privacy.ledger import Entry, Ledger
@@ -34,13 +35,15 @@ from fedfuse.reports.facts import (
     mixed,
     ranked,
 )
-from fedfuse.reports.statement import Role, Statement
+from fedfuse.reports.statement import Role, Statement, printable
 from fedfuse.runfolder import RunFolder
 
 __all__ = ["of_ledger", "of_run"]
 
 SERVER = "the server, and whoever else sees a node's updates"
 PUBLIC = "whoever gets the model"
+_KINDS = {"node": (str,), "status": (str,), "unit": (str,), "round": (int,), "steps": (int,)}
+"""The types of an event's fields; the others are numbers."""
 
 
 def of_run(path: Path) -> Facts:
@@ -53,6 +56,8 @@ def of_run(path: Path) -> Facts:
     events, rows = folder.events(), folder.metrics()
     claims = summary.get("privacy")
     claims = claims if isinstance(claims, dict) else {}
+    if config.private:
+        _check_books(folder, events, rows, summary)
     fingerprint = summary.get("data_fingerprint")
     bare = Facts(
         kind="run",
@@ -94,7 +99,7 @@ def of_run(path: Path) -> Facts:
             *assumptions.of_run(config, events, rows, said if isinstance(said, list) else ()),
             *assumptions.of_figures(accounts),
         ),
-        problems=(*folder.problems, *_contradictions(claims, statements, accounts)),
+        problems=(*folder.problems, *_contradictions(config, claims, statements, accounts)),
     )
 
 
@@ -108,8 +113,9 @@ def of_ledger(path: Path, *, delta: float, allowed: float | None) -> Facts:
     entries = tuple(ledger.entries())
     done = {entry.of for entry in entries}
     spent: dict[tuple[str, Unit], list[Entry]] = {}
+    exposed = sorted({entry.dataset for entry in entries if entry.kind == "exposed"})
     for entry in entries:
-        if entry.mechanism is not None:
+        if entry.mechanism is not None and entry.dataset not in exposed:
             spent.setdefault((entry.dataset, entry.mechanism.unit), []).append(entry)
     accounts = ranked(
         Account.of(
@@ -132,7 +138,7 @@ def of_ledger(path: Path, *, delta: float, allowed: float | None) -> Facts:
     return Facts(
         kind="ledger",
         name=ledger.node,
-        private=True,
+        private=bool(accounts) or not exposed,
         delta=delta,
         statements=_dataset_statements(accounts),
         accounts=accounts,
@@ -145,10 +151,62 @@ def of_ledger(path: Path, *, delta: float, allowed: float | None) -> Facts:
             ),
             *assumptions.of_figures(accounts),
         ),
-        problems=(*ledger.problems, *mixed(accounts)),
+        problems=(
+            *ledger.problems,
+            *mixed(accounts),
+            *(
+                f"NOT PRIVATE: {name} was read for a run that promises nothing, so no figure holds "
+                "for it, whatever else was spent"
+                for name in exposed
+            ),
+        ),
         data=tuple(sorted({account.name for account in accounts})),
         ledgers=(mark,),
     )
+
+
+def _check_books(
+    folder: RunFolder,
+    events: Sequence[Event],
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+) -> None:
+    """Raises RunFolderError where the books lack a line, or one is none: every figure would then
+    be too small."""
+    hint = "restore events.jsonl; without it nobody knows what was spent"
+    # A line that a crash cut off is in reserved.json still.
+    if not folder.reserved() and any(text.startswith("events.jsonl") for text in folder.problems):
+        raise RunFolderError(
+            "the last line of the books is cut off, and what it was is not known",
+            where=str(folder.path),
+            hint=hint,
+        )
+    for number, event in enumerate(events, 1):
+        for name, value in event.as_dict().items():
+            kinds = _KINDS.get(name, (float, int))
+            if type(value) not in kinds:
+                raise RunFolderError(
+                    f"the books, entry {number}: {name} = {value!r} is of the wrong type",
+                    where=str(folder.path),
+                    hint=hint,
+                )
+        try:
+            _ = event.mechanism
+        except PrivacyError as error:
+            raise PrivacyError(
+                f"the books, entry {number}: {error.what}",
+                where=str(folder.path),
+                hint="no epsilon holds for such a release",
+            ) from None
+    said = summary.get("rounds_done")
+    done = set(range(1, said + 1)) if type(said) is int and said < 10**6 else set()
+    done |= {row["round"] for row in rows if type(row["round"]) is int}
+    if lost := sorted(done - {event.round for event in events}):
+        raise RunFolderError(
+            f"round {lost[0]} was done, but the books have no line of it",
+            where=str(folder.path),
+            hint=hint,
+        )
 
 
 def _run_accounts(config: RunConfig, events: Sequence[Event]) -> tuple[Account, ...]:
@@ -176,7 +234,8 @@ def _run_accounts(config: RunConfig, events: Sequence[Event]) -> tuple[Account, 
             alone = tuple(
                 (n, replace(m, noise_multiplier=m.noise_multiplier * share)) for n, m in history
             )
-            accounts.append(account("update", node, alone, reserved, None))
+            with suppress(PrivacyError):  # too little noise: nothing is said against the server
+                accounts.append(account("update", node, alone, reserved, None))
     if _shared(config) and events:
         numbers = sorted({event.round for event in events})
         sums = views.of_model(events, privacy.noise_nodes)
@@ -211,8 +270,13 @@ def _run_statements(config: RunConfig, accounts: Sequence[Account]) -> tuple[Sta
         "part knows its own share of it"
     )
     shares = config.privacy.noise_nodes > 1
+    loud = {a.name for a in accounts if a.role == "update"}
+    alone = statement(SERVER, "update" if shares else "node", single if shares else own)
+    if shares and any(a.name not in loud for a in accounts if a.role == "node"):
+        little = "single updates carry so little noise that no figure is worth stating"
+        alone = replace(alone, role="node", epsilon=None, why=little)
     return (
-        statement(SERVER, "update" if shares else "node", single if shares else own),
+        alone,
         # A round that was broken off counts as a release of the model, though none was made: the
         # nodes' own figures hold for the model too, and may be the smaller ones.
         statement(PUBLIC, "model" if most["model"] <= most["node"] else "node", summed),
@@ -238,10 +302,25 @@ def _dataset_statements(accounts: Sequence[Account]) -> tuple[Statement, ...]:
 
 
 def _contradictions(
-    claims: Mapping[str, Any], statements: Sequence[Statement], accounts: Sequence[Account]
+    config: RunConfig,
+    claims: Mapping[str, Any],
+    statements: Sequence[Statement],
+    accounts: Sequence[Account],
 ) -> list[str]:
-    """Figures in summary.json that the books do not bear out."""
+    """What summary.json says that configuration and books do not bear out."""
     said: list[tuple[str, Any, float | None]] = []
+    privacy = config.privacy
+    terms = {
+        "private": True,
+        "unit": privacy.unit,
+        "delta": privacy.delta,
+        "epsilon_allowed": privacy.epsilon,
+    }
+    wrong = [
+        f"summary.json says {key} = {printable(str(claims[key]))[:40]}, config.toml {value}"
+        for key, value in terms.items()
+        if key in claims and claims[key] != value
+    ]
     found = [one.epsilon for one in statements] or [0.0, 0.0]
     for key, epsilon in zip(("epsilon_server", "epsilon_model"), found, strict=True):
         said.append((key, claims.get(key), epsilon))
@@ -249,8 +328,8 @@ def _contradictions(
     nodes = {a.name: a.figures.epsilon for a in accounts if a.role == "node"}
     for name, value in (by_node if isinstance(by_node, dict) else {}).items():
         said.append((f"epsilon_by_node of {name!r}", value, nodes.get(name, 0.0)))
-    return [
-        f"summary.json says {key} = {value}, the books give "
+    return wrong + [
+        f"summary.json says {key} = {_figure(value)}, the books give "
         f"{'no guarantee' if known is None else shown(known)}"
         for key, value, known in said
         if value is not None and not _agree(value, known)
@@ -261,6 +340,11 @@ def _agree(claim: Any, found: float | None) -> bool:
     if found is None or isinstance(claim, bool) or not isinstance(claim, int | float):
         return False
     return abs(claim - found) <= 1e-4 * max(found, 1e-3)
+
+
+def _figure(value: Any) -> str:
+    """A figure as somebody else wrote it: to so many digits that a difference shows."""
+    return f"{value:.6g}" if isinstance(value, int | float) else printable(str(value))[:40]
 
 
 def _named(name: str, path: Path) -> str:

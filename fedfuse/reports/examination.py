@@ -28,7 +28,9 @@ __all__ = ["Claim", "Examination", "examine"]
 ODD = 1.02
 """A claim this many times what would do is odd, though it misleads nobody to their harm."""
 SAMPLED = 4
-"""About as many points of a profile are derived anew."""
+"""About as many points of a profile are derived anew, and the one where mu has least room."""
+LEAST_DELTA = 1e-10
+"""A profile ends here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +177,11 @@ def _curve(account: Tree, counts: Counts) -> Iterator[str]:
     if any(len(pair) != 2 or pair[0] < 0 for pair in pairs):
         yield "its profile is none"
         return
-    for epsilon, delta in pairs[: len(pairs) * 3 // 4 + 1 : max(1, len(pairs) // SAMPLED)]:
+    sampled = pairs[: len(pairs) * 3 // 4 + 1 : max(1, len(pairs) // SAMPLED)]
+    if mu is not None and mu > 0 and pairs:  # where mu has least room is where it would lie
+        tight = min(pairs, key=lambda pair: gaussian_delta(pair[0], mu) / max(pair[1], LEAST_DELTA))
+        sampled = [*sampled, tight]
+    for epsilon, delta in sampled:
         least = _least_delta(counts, epsilon)
         if not delta >= least:
             yield (

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedfuse.config import RunConfig
+from fedfuse.errors import PrivacyError
 from fedfuse.privacy.spec import Mechanism, Unit
-from fedfuse.reports.assumptions import Assumption
+from fedfuse.reports.assumptions import UNKNOWN_NOISE, WITHIN_LIMITS, Assumption, Verdict
 from fedfuse.reports.figures import Detail, Figures, detail, figures, rounds_left
-from fedfuse.reports.statement import NOT_PRIVATE, Role, Statement, sentence
+from fedfuse.reports.statement import NOT_PRIVATE, Role, Statement, printable, sentence
 
 __all__ = [
     "Account",
@@ -73,13 +74,17 @@ class Account:
     ) -> Account:
         """The account of a history that is not empty. Raises PrivacyError."""
         past, ahead = [mechanism for _, mechanism in history], history[-1][1]
+        try:
+            cost = figures(past, delta)
+        except PrivacyError as error:
+            raise PrivacyError(error.what, where=printable(name), hint=error.hint) from None
         return cls(
             role=role,
             name=name,
             unit=ahead.unit,
             history=tuple(history),
             reserved=reserved,
-            figures=figures(past, delta),
+            figures=cost,
             allowed=allowed,
             rounds_left=(
                 None if allowed is None else rounds_left(past, ahead, epsilon=allowed, delta=delta)
@@ -153,9 +158,45 @@ class Facts:
         return self.kind == "run" and bool(self.data)
 
     @property
+    def seeded(self) -> bool:
+        """Whether the noise follows from a seed."""
+        return self.private and self.config is not None and bool(self.config.privacy.noise_seed)
+
+    @property
     def sentence(self) -> str:
         """The whole promise."""
         return sentence(self.statements, self.delta) if self.private else NOT_PRIVATE
+
+    @property
+    def broken(self) -> tuple[Assumption, ...]:
+        """The assumptions that did not hold."""
+        return tuple(one for one in self.assumptions if one.verdict is Verdict.BROKEN)
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What a reader must know before the figures."""
+        found = []
+        if self.seeded:
+            found.append(
+                "SEEDED NOISE: the noise follows from privacy.noise_seed. Whoever knows it can "
+                "take the noise off; against them NOTHING is promised."
+            )
+        if self.private and self.simulated:
+            found.append(
+                "A simulation: all data was on one machine, and nobody was protected by it. The "
+                "figures are what a federation of separate nodes would promise."
+            )
+        over = [
+            account.label
+            for account in self.accounts
+            if account.allowed is not None and account.figures.epsilon > account.allowed
+        ]
+        if over:
+            found.append(f"OVERSPENT: more than allowed was spent by {', '.join(over)}.")
+        told = {WITHIN_LIMITS, UNKNOWN_NOISE}
+        if broken := [one.text for one in self.broken if one.text not in told]:
+            found.append(f"Did not hold, though the figures rest on it: {'; '.join(broken)}.")
+        return tuple(found)
 
 
 def ranked(accounts: Iterable[Account]) -> tuple[Account, ...]:

@@ -6,12 +6,14 @@ Torch-free. Mechanisms go in, never an epsilon. Equal histories are computed onc
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fedfuse.errors import PrivacyError
 from fedfuse.privacy import accounting, second
-from fedfuse.privacy.accounting import Relation
+from fedfuse.privacy.accounting import LEAST_SIGMA, Relation
 from fedfuse.privacy.profile import Profile, advantage, gdp_mu, profile, true_positives
 from fedfuse.privacy.spec import Mechanism
 
@@ -25,6 +27,8 @@ POINTS = 40
 """A course of many rounds is shown at this many of them."""
 FARTHEST = 1_000_000
 """A forecast looks no further."""
+MOST_EPSILON = 1000.0
+"""Above this there is no report: it would give a figure to what protects nobody."""
 _RATES = (0.0, 1e-4, 1e-3, 3e-3, 0.01, 0.02, 0.035, 0.05, 0.075, *(n / 20 for n in range(2, 21)))
 
 
@@ -57,7 +61,7 @@ class Detail:
     attack: tuple[tuple[float, float], ...]
     """(false alarms, true positives at most), from 0 to 1."""
     course: tuple[tuple[int, float], ...]
-    """(round, epsilon up to then), an upper bound by the second accountant."""
+    """(round, epsilon up to then): upper bounds by the second accountant; the last is the claim."""
 
     def true_positives(self, alarms: float) -> float:
         """The most true positives at one of ALARMS."""
@@ -65,8 +69,29 @@ class Detail:
 
 
 def figures(history: Iterable[Mechanism], delta: float) -> Figures:
-    """The figures of `history`, which must not be empty. Raises PrivacyError."""
-    return _figures(_merged(history), delta)
+    """The figures of `history`, which must not be empty.
+
+    Raises PrivacyError where it hides next to nothing, or cannot be accounted for.
+    """
+    past = _merged(history)
+    quietest = min((m.noise_multiplier for m in past if m.sample_rate < 1), default=LEAST_SIGMA)
+    if quietest < LEAST_SIGMA:
+        raise PrivacyError(
+            f"NOT PRIVATE: a release has sigma = {quietest:g}, and below {LEAST_SIGMA:g} noise "
+            "hides next to nothing",
+            hint="take what was released for the records themselves",
+        )
+    try:
+        rough = accounting.epsilon_rdp(past, delta)
+        if rough <= MOST_EPSILON:
+            return _figures(past, delta)
+    except (ArithmeticError, ValueError):
+        rough = math.inf
+    raise PrivacyError(
+        f"NOT PRIVATE: epsilon = {rough:.6g} at delta = {delta:g} protects nobody; above "
+        f"{MOST_EPSILON:g} there is no report",
+        hint="take what was released for the records themselves",
+    )
 
 
 def detail(history: Sequence[tuple[int, Mechanism]], delta: float) -> Detail:
@@ -93,8 +118,16 @@ def rounds_left(
 
     def allowed(rounds: int) -> bool:
         more = dataclasses.replace(ahead, steps=ahead.steps * rounds)
-        counts = kinds([*past, more])
-        return rounds <= FARTHEST and second.bounds(counts, delta)[1] <= epsilon
+        if rounds > FARTHEST:
+            return False
+        try:
+            cost = second.bounds(kinds([*past, more]), delta)[1]
+        except ArithmeticError:
+            return False
+        # Next to no loss at all drowns in the second accountant's rounding.
+        return cost <= epsilon or (
+            cost == math.inf and accounting.within([*past, more], epsilon, delta)
+        )
 
     low, high = 0, 1
     while allowed(high):
@@ -148,11 +181,10 @@ def _course(
 ) -> tuple[tuple[int, float], ...]:
     numbers = sorted({number for number, _ in history})
     step = max(1, -(-len(numbers) // POINTS))
-    shown = sorted({*numbers[::step], numbers[-1]})
-    return tuple(
-        (
-            number,
-            second.bounds(kinds(m for n, m in history if n <= number), delta)[1],
-        )
-        for number in shown
-    )
+    whole = _figures(_merged(mechanism for _, mechanism in history), delta).epsilon
+    course = [
+        # What the whole costs bounds each beginning of it too.
+        (number, min(second.bounds(kinds(m for n, m in history if n <= number), delta)[1], whole))
+        for number in numbers[:-1:step]
+    ]
+    return (*course, (numbers[-1], whole))

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 from fedfuse.privacy.accounting import LEAST_SIGMA, STATEMENT_GRID, shown
 from fedfuse.privacy.spec import Unit
-from fedfuse.reports.assumptions import Verdict
 from fedfuse.reports.facts import Facts
+from fedfuse.reports.wording import verdicts, weight
 
 __all__ = ["Answer", "hazards", "reporting", "uncovered"]
 
@@ -234,21 +234,22 @@ def _accounting(facts: Facts) -> str:
 
 
 def _assumed(facts: Facts) -> str:
-    broken = [one.text for one in facts.assumptions if one.verdict is Verdict.BROKEN]
-    trusted = sum(one.verdict is Verdict.TRUSTED for one in facts.assumptions)
-    held = sum(one.verdict is Verdict.HELD for one in facts.assumptions)
+    broken = "; ".join(one.text for one in facts.broken)
     return (
-        f"{held} held, {trusted} rest on trust, {len(broken)} did not hold"
-        + (f": {'; '.join(broken)}" if broken else "")
-        + ". Each stands in the table of assumptions with its evidence."
+        verdicts(facts)
+        + (f": {broken}" if broken else "")
+        + ". Each stands in the list of assumptions with its evidence."
     )
 
 
 def _formal(facts: Facts) -> str:
-    mu = f" Summed up as Gaussian DP: mu = {shown(facts.accounts[0].figures.mu)}." * bool(
-        facts.accounts
+    if not facts.accounts:
+        return facts.sentence
+    mu = shown(facts.accounts[0].figures.mu)
+    return (
+        f"{facts.sentence} Summed up as Gaussian DP: mu = {mu}. More points of the "
+        "(epsilon, delta) curve are in the certificate."
     )
-    return f"{facts.sentence}{mu} More points of the (epsilon, delta) curve are in the certificate."
 
 
 def _epsilon(facts: Facts) -> str:
@@ -257,18 +258,10 @@ def _epsilon(facts: Facts) -> str:
     if facts.detail is None:
         return "Nothing was released yet."
     epsilon = facts.accounts[0].figures.epsilon
-    weight = (
-        "At most 1, which Ponomareva et al. 2023 call a strong guarantee."
-        if epsilon <= 1
-        else "At most 10, which Ponomareva et al. 2023 call reasonable: it is no proof against an "
-        "attacker who knows all the rest."
-        if epsilon <= 10
-        else "Above 10: taken by itself it promises little."
-    )
     return (
         f"{shown(epsilon)} at delta = {facts.delta:g} for {facts.accounts[0].label}, who spent "
-        f"most. {weight} What it means for an attacker is worked out above. delta should be well "
-        "below one over the number of units; fedfuse does not know that number."
+        f"most. {weight(epsilon)} What it means for an attacker is worked out above. delta should "
+        "be well below one over the number of units; fedfuse does not know that number."
     )
 
 

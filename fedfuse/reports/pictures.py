@@ -13,6 +13,8 @@ from html import escape
 
 from fedfuse.privacy.accounting import shown
 from fedfuse.reports.facts import Facts
+from fedfuse.reports.figures import ALARMS
+from fedfuse.reports.wording import attacks, floor
 
 __all__ = ["accountants", "attack", "bar", "course", "profile"]
 
@@ -70,6 +72,7 @@ def course(facts: Facts) -> str:
         y=_round_scale(most),
         x_label="round" if facts.kind == "run" else "release",
         y_label=f"ε at δ = {facts.delta:g}",
+        dots=((points[-1][0], points[-1][1], shown(points[-1][1])),),
         about=f"epsilon by {'round' if facts.kind == 'run' else 'release'}, from 0 to "
         f"{shown(points[-1][1])}",
         limit=(account.allowed, "allowed") if account.allowed is not None else None,
@@ -97,7 +100,13 @@ def profile(facts: Facts) -> str:
         x_label="ε",
         y_label="δ",
         about="the privacy profile: delta against epsilon",
-        dot=(account.figures.epsilon, facts.delta, "stated"),
+        dots=(
+            (
+                account.figures.epsilon,
+                facts.delta,
+                f"stated: ε {shown(account.figures.epsilon)}, δ {facts.delta:g}",
+            ),
+        ),
     )
 
 
@@ -113,6 +122,10 @@ def attack(facts: Facts) -> str:
         y_label="members found, at most",
         about="the attacker's trade-off: members found at most, against false alarms",
         diagonal=True,
+        dots=tuple(
+            (alarms, facts.detail.true_positives(alarms), found)
+            for alarms, (_, found) in zip(ALARMS[1:], attacks(facts)[1:], strict=True)
+        ),
     )
 
 
@@ -148,6 +161,18 @@ def accountants(facts: Facts) -> str:
             f'<circle class="{kind}" cx="{place:.1f}" cy="{height:.1f}" r="4"/>'
             for place in sorted({start, end})
         ]
+        words = f"≥ {floor(low)}" if name == "PLD, rounded down" else shown(high)
+        words = f"{floor(low)} to {words}" if low != high else words
+        room = end + 12 + 6.2 * len(words) < RIGHT + 14
+        parts.append(
+            _text(
+                end + 8 if room else start - 8,
+                height + 4,
+                words,
+                "start" if room else "end",
+                "label" if kind == "dot" else "tick",
+            )
+        )
     parts.append(_text((left + RIGHT) / 2, HEIGHT - 8, "ε", "middle", "label"))
     return _svg("what each accountant says", parts)
 
@@ -161,7 +186,7 @@ def _chart(
     y_label: str,
     about: str,
     limit: tuple[float, str] | None = None,
-    dot: tuple[float, float, str] | None = None,
+    dots: Sequence[tuple[float, float, str]] = (),
     diagonal: bool = False,
     stairs: bool = False,
 ) -> str:
@@ -191,15 +216,19 @@ def _chart(
             _, height = at((x.low, limit[0]))
             yield f'<path class="limit" d="M{LEFT} {height:.1f}H{RIGHT}"/>'
             yield _text(LEFT + 4, height - 4, f"{limit[1]}: {limit[0]:g}", "start", "bad")
-        if dot is not None:
-            across, height = at(dot[:2])
+        for right, up, words in dots:
+            across, height = at((right, up))
             yield f'<circle class="dot" cx="{across:.1f}" cy="{height:.1f}" r="4"/>'
-            near_the_end = across > RIGHT - 60
+            # Beside a curve that falls there is room to the right above it, or to the left below;
+            # beside one that rises the other way round.
+            rises = points[-1][1] > points[0][1]
+            room = across + 12 + 6.2 * len(words) < RIGHT
             yield _text(
-                across + (-6 if near_the_end else 8),
-                height + (16 if near_the_end else -6),
-                dot[2],
-                "end" if near_the_end else "start",
+                across + (8 if room else -4),
+                height + (16 if rises is room else -8),
+                words,
+                "start" if room else "end",
+                "label",
             )
 
     return _svg(about, parts())

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.errors import FedfuseError, PrivacyError
-from fedfuse.privacy.accounting import shown
-from fedfuse.privacy.planner import Plan
+from fedfuse.privacy.planner import Plan, figure
 from fedfuse.reports.curves import GREEN, ORANGE, RED, STYLE
 
 if TYPE_CHECKING:
@@ -66,10 +65,17 @@ def _draw(axes: Axes, plan: Plan) -> None:
         color=RED,
         fontsize=9,
     )
-    extra = terms.rounds + 1
+    extra, last = terms.rounds + 1, (terms.rounds, plan.spent)
+    axes.plot(
+        [last[0], last[0], extra],
+        [last[1], plan.spent_next, plan.spent_next],
+        color=ORANGE,
+        linestyle=":",
+        linewidth=1.5,
+    )
     axes.plot([extra], [plan.spent_next], color=ORANGE, marker="D", markersize=7, linestyle="")
     axes.annotate(
-        f"one more round: {shown(plan.spent_next)}",
+        f"one more round: {figure(plan.spent_next)}",
         xy=(extra, plan.spent_next),
         xytext=(2, 8),
         textcoords="offset points",
@@ -83,7 +89,7 @@ def _draw(axes: Axes, plan: Plan) -> None:
     axes.set_xlim(0, extra + max(0.5, extra * 0.03))
     axes.set_ylim(0, max(terms.epsilon, plan.spent_next) * 1.12)
     rounds_in_words = f"{terms.rounds} round{'' if terms.rounds == 1 else 's'}"
-    title = f"plan: ε = {shown(plan.spent)} of {terms.epsilon:g} after {rounds_in_words}"
+    title = f"plan: ε = {figure(plan.spent)} of {terms.epsilon:g} after {rounds_in_words}"
     if plan.kept:
         axes.set_title(f"{title}, σ = {terms.sigma:g}")
     else:

@@ -19,7 +19,7 @@ from fedfuse.reports.assumptions import Verdict
 from fedfuse.reports.facts import Facts, releases
 from fedfuse.reports.hazards import Answer, hazards, reporting, uncovered
 from fedfuse.reports.statement import printable
-from fedfuse.reports.wording import checks, forecast, meaning
+from fedfuse.reports.wording import attacks, checks, forecast, meaning, odds, short
 
 __all__ = ["page"]
 
@@ -57,11 +57,15 @@ def _page(sections: Sequence[Facts], now: datetime) -> Iterator[str]:
         yield f'<section id="part-{number}"{"" if one.private else " class=open"}>\n'
         yield from _section(one)
         yield "</section>\n"
-    yield (
-        "<footer><p>Figures are upper bounds, rounded up; lower bounds are rounded down. Check "
-        "them: <code>fedfuse report verify certificate.json</code> derives each epsilon from the "
-        "releases listed, with a second accountant.</p></footer>\n</body>\n</html>\n"
-    )
+    yield ("<footer><p>Figures are upper bounds, rounded up; lower bounds are rounded down.</p>\n")
+    if any(one.private for one in sections):
+        yield (
+            "<p>Check them without the data, on any machine: "
+            "<code>fedfuse report verify certificate.json --public-key KEY</code> derives each "
+            "epsilon from the releases listed, with a second accountant. With "
+            "<code>--ledger LEDGER</code> it also compares the releases with a node's ledger.</p>\n"
+        )
+    yield "</footer>\n</body>\n</html>\n"
 
 
 def _section(facts: Facts) -> Iterator[str]:
@@ -76,9 +80,17 @@ def _section(facts: Facts) -> Iterator[str]:
             "There is no epsilon.</div>\n"
         )
     for problem in facts.problems:
-        yield f'<p class="problem">Problem: {_e(problem)}.</p>\n'
+        yield f'<p class="caution bad"><b>Problem:</b> {_e(problem)}.</p>\n'
+    for caution in facts.cautions:
+        kind = "caution bad" if caution.startswith(("SEEDED", "OVERSPENT")) else "caution"
+        yield f'<p class="{kind}">{_e(caution)}</p>\n'
     if facts.detail is not None:
         yield from _statements(facts)
+        yield '<h3>In short</h3>\n<dl class="short">\n'
+        yield "".join(
+            f"<div><dt>{_e(what)}</dt><dd>{_e(text)}</dd></div>\n" for what, text in short(facts)
+        )
+        yield "</dl>\n"
         yield from _meaning(facts)
         yield from _budget(facts)
         yield from _charts(facts)
@@ -117,8 +129,19 @@ def _statements(facts: Facts) -> Iterator[str]:
 
 
 def _meaning(facts: Facts) -> Iterator[str]:
-    yield "<h3>What it means</h3>\n"
-    yield "".join(f"<p>{_e(text)}</p>\n" for text in meaning(facts))
+    first, *_, last = meaning(facts)
+    yield f"<h3>What it means</h3>\n<p>{_e(odds(facts))}</p>\n<p>{_e(first)}</p>\n"
+    yield (
+        '<table class="attacks">\n<thead><tr><th class="number">false alarms</th>'
+        '<th class="number">guessing finds</th><th class="number">an attacker finds at most</th>'
+        "</tr></thead>\n<tbody>\n"
+    )
+    yield "".join(
+        f'<tr><td class="number">{_e(alarms)}</td><td class="number">{_e(alarms)}</td>'
+        f'<td class="number"><b>{_e(found)}</b></td></tr>\n'
+        for alarms, found in attacks(facts)
+    )
+    yield f"</tbody></table>\n<p>{_e(last)}</p>\n"
 
 
 def _budget(facts: Facts) -> Iterator[str]:
@@ -134,8 +157,14 @@ def _budget(facts: Facts) -> Iterator[str]:
         )
     units = ", ".join(sorted({account.unit for account in facts.accounts}))
     yield (
-        f'<p class="why">ε at δ = {facts.delta:g}, for one {units}, add or remove; a bar is full '
-        "at what is allowed, where that is known.</p>\n"
+        f'<p class="why">ε at δ = {facts.delta:g}, for one {units}, add or remove. All bars '
+        "have one scale"
+        + (
+            "; the upright mark is what is allowed"
+            if any(account.allowed is not None for account in facts.accounts)
+            else ", which ends at the largest"
+        )
+        + ".</p>\n"
     )
     if len(facts.accounts) > MOST_BARS:
         yield (
@@ -185,9 +214,10 @@ def _assumptions(facts: Facts) -> Iterator[str]:
     order = (Verdict.BROKEN, Verdict.TRUSTED, Verdict.HELD)
     yield "<h3>Assumptions, and whether they held</h3>\n" + '<ul class="plain">\n'
     for one in sorted(facts.assumptions, key=lambda one: order.index(one.verdict)):
+        known = "No file can show it: " if one.verdict is Verdict.TRUSTED else "Evidence: "
         yield (
             f'<li><span class="badge {kinds[one.verdict]}">{_e(one.verdict.value)}</span>'
-            f'{_e(_upper(one.text))}.<div class="why">{_e(one.evidence)}.</div></li>\n'
+            f'{_e(_upper(one.text))}.<div class="why">{known}{_e(one.evidence)}.</div></li>\n'
         )
     yield "</ul>\n"
 
@@ -207,22 +237,26 @@ def _released(facts: Facts) -> Iterator[str]:
         "<h3>What was released</h3>\n"
         '<p class="why">Poisson-sampled Gaussian mechanisms: chance q, noise σ in units of the '
         "clip norm C, so many steps in so many lines of the books. Every figure follows from "
-        'these.</p>\n<div class="wide"><table>\n<thead><tr><th>who</th><th>unit</th>'
-        + "".join(
-            f'<th class="number">{name}</th>'
-            for name in ("q", "σ", "C", "count σ", "steps", "lines")
-        )
-        + "</tr></thead>\n"
+        "these; the certificate has all their digits.</p>\n"
+        '<table class="released">\n<thead><tr><th>who</th><th>unit</th>'
+        + "".join(f'<th class="number">{name}</th>' for name in COLUMNS)
+        + "</tr></thead>\n<tbody>\n"
     )
     for account, one in rows[:MOST_ROWS]:
-        numbers = (one.sample_rate, one.noise_multiplier, one.clip_norm, one.count_noise)
-        cells = [f"{number:.6g}" for number in numbers] + [str(one.steps), str(one.lines)]
+        numbers = (one.sample_rate, one.noise_multiplier, one.clip_norm)
+        cells = [f"{number:.6g}" for number in numbers]
+        cells += [f"{one.count_noise:.6g}" if one.count_noise else "none"]
+        cells += [f"{one.steps:,}", f"{one.lines:,}"]
         yield (
-            f'<tr><td class="name">{_e(account.label)}</td><td>{_e(one.unit)}</td>'
-            + "".join(f'<td class="number">{cell}</td>' for cell in cells)
+            f'<tr><td class="name">{_e(account.label)}</td>'
+            f'<td data-label="unit">{_e(one.unit)}</td>'
+            + "".join(
+                f'<td class="number" data-label="{name}">{cell}</td>'
+                for name, cell in zip(COLUMNS, cells, strict=True)
+            )
             + "</tr>\n"
         )
-    yield "</table></div>\n"
+    yield "</tbody></table>\n"
     if len(rows) > MOST_ROWS:
         yield f'<p class="why">And {len(rows) - MOST_ROWS} more, in the certificate.</p>\n'
 
@@ -237,10 +271,10 @@ def _origin(facts: Facts) -> Iterator[str]:
         ]
     if not rows:
         return
-    yield "<h3>Where the figures come from</h3>\n<table>\n"
+    yield '<h3>Where the figures come from</h3>\n<table class="origin">\n<tbody>\n'
     for name, value in rows:
         yield f'<tr><th scope="row">{_e(name)}</th><td><code>{_e(value)}</code></td></tr>\n'
-    yield "</table>\n"
+    yield "</tbody></table>\n"
 
 
 def _about(facts: Facts) -> str:

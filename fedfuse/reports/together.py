@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from fedfuse.privacy.spec import Unit
 from fedfuse.reports import assumptions
@@ -58,7 +59,14 @@ def _together(kind: str, data: str, same: Sequence[Facts]) -> Facts:
         ),
         accounts=accounts,
         detail=detail_of(accounts, delta),
-        assumptions=assumptions.of_figures(accounts) if accounts else (),
+        assumptions=(
+            *(assumptions.of_figures(accounts) if accounts else ()),
+            *(
+                replace(one, text=f"{section.name}: {one.text}")
+                for section in same
+                for one in (section.broken if private else ())
+            ),
+        ),
         problems=mixed(accounts),
         data=(data,),
         ledgers=tuple(mark for section in same for mark in section.ledgers),

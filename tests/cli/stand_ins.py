@@ -30,9 +30,16 @@ class Fake:
     stop_after: int = 2
 
     def __call__(
-        self, config: RunConfig, out: Path, *, observer: Any, resume: bool = False
+        self,
+        config: RunConfig,
+        out: Path,
+        *,
+        observer: Any,
+        resume: bool = False,
+        ledgers: Path | None = None,
     ) -> dict[str, Any]:
         self.asked.append((config, out, resume))
+        self.ledgers = ledgers
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         observer.prepared(info_of(config, rounds=self.rounds))

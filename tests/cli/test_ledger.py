@@ -122,6 +122,7 @@ def test_show_as_json(run: Run, made: Ledger) -> None:
         "rounds": 3,
         "steps": 12,
         "open": 1,
+        "exposed": False,
         "epsilon_shown": accounting.shown(epsilon),
     }
 

@@ -72,7 +72,7 @@ def test_version_answers_at_once() -> None:
     [
         (("simulate", "--nodez", "3"), 2, "--nodez", "fedfuse simulate --help"),
         (("simulate", "--nodes", "x"), 2, "'x' is not a valid int", "fedfuse simulate --help"),
-        (("simulate", "--unit", "subject"), 2, "'subject'", "fedfuse simulate --help"),
+        (("simulate", "--unit", "planet"), 2, "'planet'", "fedfuse simulate --help"),
         (("simulate", "--engine", "mpi"), 2, "'mpi'", "fedfuse simulate --help"),
         (("simulate", "--epsilon", "0"), 2, "--epsilon 0", "--unit none"),
         (("simulate", "--epsilon", "None"), 2, "--epsilon None", "--unit none"),

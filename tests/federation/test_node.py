@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,16 @@ from flwr.app import Context, Message, RecordDict
 from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.prepare import open_node, prepare
-from fedfuse.errors import BudgetExceeded, ConfigError, DataError, ModelError
+from fedfuse.errors import BudgetExceeded, DataError, ModelError
 from fedfuse.federation import node
-from fedfuse.federation.books import Books, DurableContext
+from fedfuse.federation.books import DurableContext, StateBooks
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import received, with_id
 from fedfuse.federation.node import Site, answer, new_trainer
 from fedfuse.federation.policy import Policy, scrubbed
 from fedfuse.federation.rounds import job_of, learning_rate
 from fedfuse.federation.wire import TrainReply, TrainRequest, config_digest, encode
+from fedfuse.models.model import count_parameters
 from fedfuse.privacy import accounting
 from fedfuse.privacy.plan import plan
 from fedfuse.privacy.spec import Mechanism, Unit
@@ -68,12 +70,18 @@ def site(config: RunConfig, store: Path) -> Site:
 
 def request(config: RunConfig, store: Path, *, round: int = 1, **changes: Any) -> TrainRequest:
     whole = plan(config.privacy, steps=config.train.rounds * config.train.local_steps)
-    weights = new_trainer(config, open_node(store, 0)[1].schema).weights()
+    schema = open_node(store, 0)[1].schema
+    weights = new_trainer(config, schema).weights()
     made = TrainRequest(
+        run="a" * 32,
+        request=secrets.token_hex(16),
         round=round,
         rounds=config.train.rounds,
         deadline=0.0,
         digest=config_digest(config),
+        task="classification",
+        modalities=schema.names,
+        parameters=count_parameters(schema, config.model),
         job=job_of(config, whole, round),
         arrays=encode(weights),
     )
@@ -83,12 +91,12 @@ def request(config: RunConfig, store: Path, *, round: int = 1, **changes: Any) -
 def test_the_books_survive_the_rounds(config: RunConfig, store: Path, context: Context) -> None:
     for round in (1, 2, 3):
         asked = request(config, store, round=round).to_record()
-        reply = answer(asked, site(config, store), Books(context))
+        reply = answer(asked, site(config, store), StateBooks(context))
         assert (reply.status, reply.problem) == ("ok", "")
         assert reply.weight == 1.0
         assert reply.event is not None
         assert reply.event.status == "spent"
-    events = Books(context).events()
+    events = StateBooks(context).events()
     assert [(event.round, event.status) for event in events] == [(r, "spent") for r in (1, 2, 3)]
     assert {event.node for event in events} == {"site-a"}
 
@@ -96,7 +104,7 @@ def test_the_books_survive_the_rounds(config: RunConfig, store: Path, context: C
 def test_a_hostile_request_is_refused_and_nothing_is_spent_or_read(
     config: RunConfig, store: Path, context: Context, unread: list[int]
 ) -> None:
-    books = Books(context)
+    books = StateBooks(context)
     honest = request(config, store)
     mechanism = honest.job.mechanism
     assert mechanism is not None
@@ -126,7 +134,7 @@ def test_a_private_node_does_not_train_without_noise(
 ) -> None:
     honest = request(config, store)
     plain = dataclasses.replace(honest, job=dataclasses.replace(honest.job, mechanism=None))
-    reply = answer(plain.to_record(), site(config, store), Books(context))
+    reply = answer(plain.to_record(), site(config, store), StateBooks(context))
     assert reply.status == "refused"
     assert 'promises unit "record"' in reply.problem
     assert unread == []
@@ -137,7 +145,7 @@ def test_what_was_spent_before_counts(config: RunConfig, store: Path, context: C
         config,
         privacy=dataclasses.replace(config.privacy, noise_multiplier=0.0, epsilon=4.0),
     )
-    books = Books(context)
+    books = StateBooks(context)
     for round in (1, 2, 3):
         asked = request(tight, store, round=round).to_record()
         assert answer(asked, site(tight, store), books).status == "ok"
@@ -153,7 +161,7 @@ def test_a_round_is_reserved_before_a_record_is_read(
     kept: list[int] = []
 
     def broken(self: Dataset, rows: Any) -> Any:
-        assert [event.status for event in Books(context).events()] == ["reserved"]
+        assert [event.status for event in StateBooks(context).events()] == ["reserved"]
         assert kept == [1]
         raise OSError("cannot read /data/secret/patient-17.png")
 
@@ -165,7 +173,7 @@ def test_a_round_is_reserved_before_a_record_is_read(
         state=RecordDict(),
         keep=lambda state: kept.append(len(state)),
     )
-    books = Books(context)
+    books = StateBooks(context)
     reply = answer(request(config, store).to_record(), site(config, store), books)
     assert (reply.status, reply.problem) == ("failed", "OSError")
     assert reply.event is not None
@@ -177,7 +185,7 @@ def test_weights_of_another_model_cost_nothing(
     config: RunConfig, store: Path, context: Context
 ) -> None:
     asked = request(config, store, arrays=encode({"x": np.zeros(3, np.float32)}))
-    books = Books(context)
+    books = StateBooks(context)
     reply = answer(asked.to_record(), site(config, store), books)
     assert reply.status == "refused"
     assert reply.problem.startswith("WireError")
@@ -192,17 +200,21 @@ def test_late_or_foreign_requests_cost_nothing(
     config: RunConfig, store: Path, context: Context, changes: dict[str, Any], message: str
 ) -> None:
     reply = answer(
-        request(config, store, **changes).to_record(), site(config, store), Books(context)
+        request(config, store, **changes).to_record(), site(config, store), StateBooks(context)
     )
     assert reply.status == "refused"
     assert message in reply.problem
-    assert Books(context).events() == ()
+    assert StateBooks(context).events() == ()
 
 
 def test_the_trainer_is_built_once(config: RunConfig, store: Path, context: Context) -> None:
     node._trainers.clear()
     for round in (1, 2):
-        answer(request(config, store, round=round).to_record(), site(config, store), Books(context))
+        answer(
+            request(config, store, round=round).to_record(),
+            site(config, store),
+            StateBooks(context),
+        )
     assert len(node._trainers) == 1
 
 
@@ -210,7 +222,7 @@ def test_an_update_without_noise_seed_differs_each_time(
     config: RunConfig, store: Path, context: Context
 ) -> None:
     def update(setup: RunConfig) -> TrainReply:
-        fresh = Books(Context(1, 1, {}, RecordDict(), {}))
+        fresh = StateBooks(Context(1, 1, {}, RecordDict(), {}))
         return answer(request(setup, store).to_record(), site(setup, store), fresh)
 
     open_ended = dataclasses.replace(
@@ -232,16 +244,6 @@ def test_the_app_answers_also_what_it_cannot_read(config: RunConfig, store: Path
     assert "WireError" in str(reply.content.config_records["config"]["problem"])
     lost = app(asked, Context(1, 1, {}, RecordDict(), {}))
     assert "partition-id" in str(lost.content.config_records["config"]["problem"])
-
-
-def test_a_real_node_takes_its_promise_from_its_own_settings() -> None:
-    policy = Policy.of_node({"max-epsilon": 2, "delta": 1e-6})
-    assert (policy.unit, policy.epsilon, policy.delta) == (Unit.RECORD, 2.0, 1e-6)
-    assert policy.noise_seed == ""
-    assert Policy.of_node({"not-private": True}).unit is Unit.NONE
-    for settings in ({}, {"max-epsilon": 2}, {"not-private": "yes"}):
-        with pytest.raises(ConfigError, match="no promise"):
-            Policy.of_node(settings)
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_a_signal_leaves_a_readable_folder_and_no_process(
             started = process.stdout.readline().strip()
             # As a terminal does it: to the whole group.
             os.killpg(process.pid, number)
-            _, stderr = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=120)
         finally:
             process.kill()
     assert started == "1", stderr

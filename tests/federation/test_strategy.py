@@ -15,6 +15,7 @@ from fedfuse.federation.flower import GridView, received, with_id
 from fedfuse.federation.strategy import Aggregate, GuardedStrategy, build_strategy
 from fedfuse.federation.wire import TrainReply, TrainRequest, Weights, encode, template_of
 from fedfuse.train import Job
+from tests.federation.requests import a_request
 
 JOB = Job(steps=1, optimizer="sgd", learning_rate=0.1, momentum=0.0)
 DRAW = np.random.default_rng(0)
@@ -39,9 +40,7 @@ def weights(scale: float = 1.0) -> Weights:
 
 
 def request(start: Weights, round: int = 1) -> TrainRequest:
-    return TrainRequest(
-        round=round, rounds=9, deadline=0.0, digest="", job=JOB, arrays=encode(start)
-    )
+    return a_request(round=round, rounds=9, job=JOB, arrays=encode(start))
 
 
 def reply_to(message: Message, name: str, value: Weights, **changes: Any) -> Message:

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedfuse.batch import Kind, Modality, Schema, Target, TargetKind
 from fedfuse.config import RunConfig
 from fedfuse.errors import ConfigError, PrivacyError
 from fedfuse.federation.observer import Silent
 from fedfuse.federation.policy import Policy
 from fedfuse.federation.simulate import simulate
-from fedfuse.federation.wire import TrainRequest, config_digest, encode
+from fedfuse.federation.wire import TrainRequest, config_digest
 from fedfuse.privacy import accounting
 from fedfuse.privacy.spec import Mechanism, Unit
 from fedfuse.runfolder import RunFolder
 from fedfuse.train import Job
 from tests.federation.conftest import write_manifest
+from tests.federation.requests import a_request
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -144,12 +146,16 @@ def test_a_node_that_does_not_trust_the_server_refuses_to_leave_the_noise_to_it(
 ) -> None:
     config = make_config(privacy__unit="node")
     policy = Policy(unit=Unit.NODE, epsilon=30.0, delta=1e-5)
+
+    def check(policy: Policy, **changes: Any) -> Mechanism | None:
+        return policy.check(asked(config, **changes), SCHEMA, counts=False)
+
     for changes in ({"noise_by": "server"}, {"noise_nodes": 2}):
         with pytest.raises(PrivacyError, match="does not trust the server"):
-            policy.allow(asked(config, **changes), [])
-    assert policy.allow(asked(config), []) == gaussian(2.0)
+            check(policy, **changes)
+    assert check(policy) == gaussian(2.0)
     trusting = dataclasses.replace(policy, trust_server=True)
-    assert trusting.allow(asked(config, noise_by="server"), []) == gaussian(2.0)
+    assert check(trusting, noise_by="server") == gaussian(2.0)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +185,12 @@ def test_shared_clipping_runs_and_signal_stays_on_the_node(
     assert "signal to noise of a step: left" in (tmp_path / "run" / "run.log").read_text()
 
 
+SCHEMA = Schema(
+    modalities=(Modality(name="left", kind=Kind.VECTOR, shape=(4,)),),
+    target=Target(kind=TargetKind.CLASSIFICATION, classes=("down", "up")),
+)
+
+
 def gaussian(sigma: float) -> Mechanism:
     return Mechanism(
         unit=Unit.NODE, sample_rate=1.0, noise_multiplier=sigma, clip_norm=1.0, steps=1
@@ -187,7 +199,6 @@ def gaussian(sigma: float) -> Mechanism:
 
 def asked(config: RunConfig, **changes: Any) -> TrainRequest:
     job = Job(steps=2, optimizer="sgd", learning_rate=0.1, momentum=0.0, mechanism=gaussian(2.0))
-    return TrainRequest(
-        round=1, rounds=1, deadline=0.0, digest=config_digest(config),
-        job=dataclasses.replace(job, **changes), arrays=encode({}),
-    )  # fmt: skip
+    return a_request(
+        digest=config_digest(config), modalities=("left",), job=dataclasses.replace(job, **changes)
+    )

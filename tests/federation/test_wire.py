@@ -26,6 +26,7 @@ from fedfuse.federation.wire import (
 )
 from fedfuse.privacy.spec import Mechanism, Unit
 from fedfuse.train import Job
+from tests.federation.requests import a_request
 
 WEIGHTS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -44,9 +45,7 @@ JOB = Job(
     expected_batch=10.0,
     mechanism=MECHANISM,
 )
-REQUEST = TrainRequest(
-    round=2, rounds=5, deadline=0.0, digest="d" * 64, job=JOB, arrays=encode(WEIGHTS)
-)
+REQUEST = a_request(round=2, rounds=5, job=JOB, arrays=encode(WEIGHTS))
 REPLY = TrainReply(
     node="site-a",
     round=2,
@@ -132,7 +131,7 @@ def test_what_flower_adds_to_a_request_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"protocol": 2}, "protocol 2"),
+        ({"protocol": 1}, "protocol 1"),
         ({"protocol": "1"}, "must be int"),
         ({"version": "0.0.0"}, "runs fedfuse 0.0.0"),
         ({"round": 6}, "round = 6"),

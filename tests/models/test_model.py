@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ from hypothesis import strategies as st
 from scipy.fft import dct
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
+from fedfuse.errors import ModelError
 from fedfuse.models.encoders import cosines
 from fedfuse.models.knowledge import Graph
-from fedfuse.models.model import build_model
+from fedfuse.models.model import build_model, count_parameters
 from fedfuse.models.spec import ABSENT, FUSIONS, TEXT_ENCODERS, ModelConfig
 
 KINDS = {
@@ -136,3 +139,20 @@ def test_a_plane_without_cosine_terms_has_convolutions_alone() -> None:
     assert model(random_batch(schema, 2, 0)).shape == (2, 1)
     fixed = build_model(schema, ModelConfig(), vocabulary=50)
     assert set(model.state_dict()) == set(fixed.state_dict())
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_parameters_are_counted_without_making_them(fusion: str, tmp_path: Path) -> None:
+    path = tmp_path / "triples.tsv"
+    path.write_text("a\tnear\tb\nb\tnear\tc\n")
+    config = ModelConfig(fusion=fusion, knowledge=str(path) if fusion == "graph" else "")
+    schema = schema_of("image", "text", "series")
+    made = build_model(schema, config, vocabulary=50)
+    expected = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert count_parameters(schema, config, vocabulary=50) == expected
+
+
+def test_a_graph_is_needed_where_it_is_named_and_nowhere_else() -> None:
+    schema = schema_of("vector")
+    with pytest.raises(ModelError, match="cannot be read"):
+        build_model(schema, ModelConfig(fusion="graph", knowledge="nosuch.tsv"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,16 +137,56 @@ def written_out(history: list[Mechanism], delta: float, grid: float) -> float:
     return float(other.get_epsilon(delta))
 
 
-def test_two_hundred_random_histories_agree_with_dp_accounting_written_out() -> None:
+def by_kind(history: list[Mechanism]) -> list[Mechanism]:
+    """dp-accounting takes seconds for an entry a round."""
+    return [replace(m, steps=m.steps * history.count(m)) for m in dict.fromkeys(history)]
+
+
+HISTORIES = pytest.mark.parametrize(
+    "seeds", [range(20), pytest.param(range(20, 200), marks=pytest.mark.slow)], ids=["few", "all"]
+)
+
+
+@HISTORIES
+def test_two_hundred_random_histories_agree_with_dp_accounting_written_out(seeds: range) -> None:
+    """On one grid, where the rest is the order in which floating-point sums are taken."""
+    for seed in seeds:
+        history = random_history(seed)
+        expected = written_out(by_kind(history), 1e-5, accounting.CALIBRATION_GRID)
+        found = accounting.epsilon(history, 1e-5, grid=accounting.CALIBRATION_GRID)
+        assert found == pytest.approx(expected, rel=1e-9), f"seed {seed}"
+
+
+@pytest.mark.slow
+def test_two_hundred_random_histories_agree_with_opacus() -> None:
+    """Both RDP accounts stand above the statement, and differ by the orders that they try."""
     for seed in range(200):
         history = random_history(seed)
-        runs = list(dict.fromkeys(history))  # dp-accounting takes seconds for an entry a round
-        merged = [
-            mechanism(m.sample_rate, m.noise_multiplier, m.steps * history.count(m)) for m in runs
-        ]
-        expected = written_out(merged, 1e-5, 4e-3)
-        found = accounting.epsilon(history, 1e-5, grid=4e-3)
-        assert found == pytest.approx(expected, rel=1e-7), f"seed {seed}"
+        opacus = accounting.epsilon_opacus(history, 1e-5)
+        statement = accounting.epsilon(history, 1e-5, grid=accounting.CALIBRATION_GRID)
+        assert 0.65 * opacus <= statement <= opacus, f"seed {seed}"
+        assert opacus == pytest.approx(accounting.epsilon_rdp(history, 1e-5), rel=0.03)
+
+
+@pytest.mark.slow
+def test_two_hundred_random_histories_lie_between_bounds_that_owe_dp_accounting_nothing() -> None:
+    for seed in range(200):
+        history = random_history(seed)
+        low, high = second.bounds(merged(history), 1e-5)
+        found = accounting.epsilon(history, 1e-5, grid=accounting.CALIBRATION_GRID)
+        assert low <= found <= 1.01 * high, f"seed {seed}"
+
+
+def test_opacus_fed_step_by_step_agrees() -> None:
+    """Its accountant object, as its engine uses it: a step after the other, settings changing."""
+    from opacus.accountants import RDPAccountant
+
+    history = [mechanism(0.25, 1.7, 40), mechanism(0.05, 1.1, 60), mechanism(0.25, 1.7, 20)]
+    other = RDPAccountant()
+    for m in history:
+        for _ in range(m.steps):
+            other.step(noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate)
+    assert accounting.epsilon_opacus(history, 1e-5) == pytest.approx(other.get_epsilon(1e-5))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -149,6 +149,25 @@ def test_a_commit_changes_nothing_in_what_was_spent(ledger: Ledger) -> None:
     assert ledger.accounts()[0].open == 0
 
 
+def test_what_became_of_a_request_can_be_asked(ledger: Ledger, path: Path, tmp_path: Path) -> None:
+    """Also of another handle's, and of what is only imported."""
+    other = Ledger.open(path)
+    assert ledger.committed("r1") is None
+    with pytest.raises(BudgetExceeded):
+        spend(ledger, "r1", allow=up_to(1, 4))
+    assert ledger.committed("r1") is None
+    entry = spend(ledger, "r1")
+    assert (ledger.committed("r1"), other.committed("r1")) == (False, False)
+    ledger.commit(entry)
+    assert (ledger.committed("r1"), other.committed("r1")) == (True, True)
+    assert Ledger.open(path).committed("r1") is True
+    elsewhere = Ledger.create(tmp_path / "other", node="b")
+    for request in ("r1", "r2"):
+        elsewhere.commit(spend(elsewhere, request, what=mechanism(9)))
+    ledger.adopt(imported(exported(elsewhere.path), name="export"))
+    assert (ledger.committed("r1"), ledger.committed("r2")) == (True, False)
+
+
 def test_accounts_tell_units_runs_servers_and_rounds_apart(ledger: Ledger) -> None:
     spend(ledger, "r1", run="one", server="aa", round=1)
     spend(ledger, "r2", run="one", server="aa", round=2)
@@ -204,6 +223,34 @@ def test_the_real_accountant_stops_at_the_promise(ledger: Ledger) -> None:
     assert total.steps == 4 * rounds
     assert accounting.epsilon([total], 1e-5) <= 1.5
     assert accounting.epsilon([total, what], 1e-5) > 1.5
+
+
+def test_runs_servers_and_settings_compose_to_what_dp_accounting_says(ledger: Ledger) -> None:
+    """Three runs of two servers, settings of their own and changed in between, some broken off:
+    written out event by event, in the order in which they were entered."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    runs = [
+        ("one", "aa", [mechanism(4, q=0.05, sigma=1.4)] * 3),
+        ("two", "bb", [mechanism(2, q=0.02, sigma=1.1)] * 4),
+        ("one", "aa", [mechanism(4, q=0.05, sigma=1.4), mechanism(1, q=0.1, sigma=2.5)]),
+        ("three", "bb", [mechanism(3, q=0.05, sigma=2.0)] * 2),
+    ]
+    other = PLDAccountant(value_discretization_interval=accounting.CALIBRATION_GRID)
+    for number, (run, server, works) in enumerate(runs):
+        for round, what in enumerate(works):
+            entry = spend(ledger, f"{number}-{round}", run=run, server=server, what=what)
+            if round % 2 == 0:
+                ledger.commit(entry)
+            event = GaussianDpEvent(what.noise_multiplier)
+            for _ in range(what.steps):
+                other.compose(PoissonSampledDpEvent(what.sample_rate, event))
+    history = ledger.history("scans")
+    found = accounting.epsilon(history, 1e-5, grid=accounting.CALIBRATION_GRID)
+    assert found == pytest.approx(other.get_epsilon(1e-5), rel=1e-6)
+    (account,) = ledger.accounts()
+    assert (account.runs, account.servers) == (3, 2)
 
 
 def test_nothing_is_written_before_the_budget_has_decided(ledger: Ledger, path: Path) -> None:
@@ -536,6 +583,43 @@ def test_a_file_put_in_its_place_is_refused(ledger: Ledger, path: Path, tmp_path
             ask()
 
 
+@pytest.mark.parametrize("swap", ["another file", "nothing"])
+def test_an_entry_in_a_file_that_was_taken_away_meanwhile_is_not_acknowledged(
+    ledger: Ledger, path: Path, tmp_path: Path, swap: str
+) -> None:
+    """It would be spent nowhere but in a file without a name."""
+    copy = tmp_path / "copy"
+
+    def allow(history: tuple[Mechanism, ...]) -> None:
+        if swap == "nothing":
+            path.rename(copy)
+        else:
+            shutil.copy(path, copy)
+            copy.replace(path)
+
+    with pytest.raises(LedgerError, match=r"was replaced by another|there is no ledger"):
+        spend(ledger, "r1", allow=allow)
+
+
+def test_a_link_that_was_turned_elsewhere_is_refused(
+    ledger: Ledger, path: Path, tmp_path: Path
+) -> None:
+    """A link is the file that it leads to, as long as it leads there."""
+    shutil.copy(path, tmp_path / "copy")
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    book = Ledger.open(link)
+    spend(book, "r1")
+    assert ledger.history("scans") == (mechanism(4),)
+    link.unlink()
+    link.symlink_to(tmp_path / "copy")
+    for ask in (lambda: spend(book, "r2"), lambda: book.history("scans"), book.entries().__next__):
+        with pytest.raises(LedgerError, match="replaced by another file while in use"):
+            ask()
+    assert spent(path) == 4
+    assert spent(tmp_path / "copy") == 0
+
+
 def test_an_older_copy_written_over_it_is_refused(ledger: Ledger, path: Path) -> None:
     old = path.read_bytes()
     spend(ledger, "r1")
@@ -580,3 +664,26 @@ def test_a_hundred_thousand_lines_are_read_and_checked(path: Path) -> None:
     assert entry.number == 100_001
     report = verify(path, heads=[Head(hash=book.head)])
     assert (report.entries, report.holds) == (100_002, True)
+
+
+def test_data_read_without_a_promise_has_no_figure_any_more(tmp_path: Path) -> None:
+    """Neither here nor in a ledger that imports it; the line is checked like any other."""
+    path = tmp_path / "node.ledger"
+    ledger = Ledger.create(path, node="clinic-a")
+    spend(ledger, "1")
+    work = {"run": "run-2", "server": SERVER, "node": "clinic-a", "round": 1}
+    ledger.expose("scans", request="2", **work)
+    for again in (ledger, Ledger.open(path)):
+        with pytest.raises(LedgerError, match="promises nothing"):
+            spend(again, "3")
+        assert {account.exposed for account in again.accounts()} == {True}
+    with pytest.raises(LedgerError, match="answered before"):
+        ledger.expose("scans", request="1", **work)
+    spend(ledger, "4", dataset="notes")
+    assert verify(path).holds
+    other = Ledger.create(tmp_path / "other.ledger", node="clinic-b")
+    assert other.adopt(imported(exported(path), name="it")) == 3
+    assert other.adopt(imported(exported(path), name="it")) == 0
+    with pytest.raises(LedgerError, match="promises nothing"):
+        spend(other, "5")
+    assert verify(tmp_path / "other.ledger").holds

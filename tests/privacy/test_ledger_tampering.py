@@ -106,6 +106,9 @@ def rewrite(**changes: object) -> Callable[[Tree], Tree]:
     [
         (0, rewrite(format=2), "its format is 2"),
         (0, rewrite(kind="reserved"), "a ledger is opened in its first line"),
+        (0, rewrite(ledger="a\x1b[2Jb"), "ledger must be printable"),
+        (0, rewrite(public_key="\x9b", sig="0" * 128), "public_key must be printable"),
+        (3, rewrite(time="\x9b"), "time must be printable"),
         (2, rewrite(kind="opened"), "a ledger is opened in its first line"),
         (2, rewrite(kind="forgiven"), "not a valid Kind"),
         (2, rewrite(extra=1), "it must have dataset, "),

@@ -6,14 +6,15 @@ No package is needed for it but the browser itself.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ FLAGS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-quic",
     "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
     "--hide-scrollbars",
     "--remote-debugging-pipe",
     "--no-first-run",
@@ -139,16 +144,19 @@ class Page:
 def browser(folder: Path) -> Iterator[Page]:
     """A page in a browser of its own, whose profile lies in `folder`."""
     assert CHROMIUM is not None
-    theirs, write = os.pipe()
-    read, answers = os.pipe()
-    words = " ".join((*FLAGS, f"'--user-data-dir={folder}'"))
-    process = subprocess.Popen(
-        ["/bin/sh", "-c", f"exec {CHROMIUM} {words} 3<&{theirs} 4>&{answers}"],
-        pass_fds=(theirs, answers),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"HOME": str(folder)},
+    # The browser reads commands from 3 and answers on 4; the ends are made far away from those.
+    theirs, write = (_far(end) for end in os.pipe())
+    read, answers = (_far(end) for end in os.pipe())
+    null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
+    process = os.posix_spawn(
+        CHROMIUM,
+        [CHROMIUM, f"--user-data-dir={folder}", *FLAGS],
+        os.environ | {"HOME": str(folder)},
+        file_actions=[
+            *null,
+            (os.POSIX_SPAWN_DUP2, theirs, 3),
+            (os.POSIX_SPAWN_DUP2, answers, 4),
+        ],
     )
     os.close(theirs)
     os.close(answers)
@@ -157,5 +165,13 @@ def browser(folder: Path) -> Iterator[Page]:
     finally:
         os.close(write)
         os.close(read)
-        process.terminate()
-        process.wait(timeout=20)
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+        os.waitpid(process, 0)
+
+
+def _far(end: int) -> int:
+    """`end` of a pipe under another number, which no child inherits."""
+    moved = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20)
+    os.close(end)
+    return moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,11 +78,12 @@ class GraphFusion(TokenFusion):
         return torch.cat([z.flatten(1), read.flatten(1), flags(seen, z)], 1)
 
 
-def _edges(graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each edge and its inverse: from, to, relation (E,) int64; 1 / c_(i,r) (E,)."""
-    head, kind, tail = (torch.tensor(column, dtype=torch.int64) for column in graph.columns())
-    source, target = torch.cat([head, tail]), torch.cat([tail, head])
-    relation = torch.cat([kind, kind + len(graph.relations)])
+def _edges(graph: Graph) -> tuple[Tensor, ...]:
+    """Each edge and its inverse: from, to, relation (E,) int64; 1 / c_(i,r) (E,) float32."""
+    head, kind, tail = (np.array(column, dtype=np.int64) for column in graph.columns())
+    source, target = np.concatenate([head, tail]), np.concatenate([tail, head])
+    relation = np.concatenate([kind, kind + len(graph.relations)])
     place = target * (2 * len(graph.relations)) + relation
-    _, inverse, count = place.unique(return_inverse=True, return_counts=True)
-    return source, target, relation, 1.0 / count[inverse].float()
+    _, inverse, count = np.unique(place, return_inverse=True, return_counts=True)
+    weight = (1.0 / count[inverse.reshape(-1)]).astype(np.float32)
+    return tuple(torch.from_numpy(value) for value in (source, target, relation, weight))

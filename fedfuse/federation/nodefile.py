@@ -1,0 +1,166 @@
+"""node.toml: what a real node's operator decides, and no server can change.
+
+Its data, its ledger and its policy. Nothing here has a default that promises less: a node without a
+promise, a ledger or a list of servers does not start. clients/node.example.toml has each setting.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedfuse.batch import TargetKind
+from fedfuse.config import toml, typed
+from fedfuse.errors import ConfigError
+from fedfuse.federation.policy import OUTPUTS, UPDATE, Policy
+from fedfuse.privacy.signing import public_key
+from fedfuse.privacy.spec import Unit
+
+__all__ = ["NodeFile"]
+
+ANY = "any"
+_KEY = re.compile(r"[0-9a-fA-F]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    store: str = ""
+    """Where the prepared data lies, and which of the nodes in there this one is."""
+    node: int = 0
+    dataset: str = ""
+    """What the ledger calls the data. Empty: a fingerprint of the records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ledger:
+    file: str = ""
+    key: str = ""
+    anchor: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Policy:
+    unit: str = "record"
+    max_epsilon: float = 0.0
+    delta: float = 0.0
+    min_noise_multiplier: float = 0.3
+    max_sample_rate: float = 1.0
+    max_clip_norm: float = 1000.0
+    max_rounds: int = 1000
+    max_steps: int = 100_000
+    max_parameters: int = 100_000_000
+    tasks: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = ()
+    servers: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = (UPDATE,)
+    trust_server: bool = False
+    records_are_units: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFile:
+    """The settings in a node.toml, checked."""
+
+    name: str = ""
+    """What servers call the node. Empty: as the prepared data does."""
+    device: str = ""
+    data: _Data = field(default_factory=_Data)
+    ledger: _Ledger = field(default_factory=_Ledger)
+    policy: _Policy = field(default_factory=_Policy)
+
+    @classmethod
+    def read(cls, path: Path) -> NodeFile:
+        """The settings in `path`. Raises ConfigError, also where there is no promise."""
+        tree = toml(path, missing="clients/node.example.toml is one to start from")
+        found = typed(cls, tree, where=str(path))
+        for what, hint in found._faults():
+            raise ConfigError(what, where=str(path), hint=hint)
+        return found._from(path.absolute().parent)
+
+    def _from(self, folder: Path) -> NodeFile:
+        """The same with relative paths beginning at `folder`, where the file lies."""
+
+        def absolute(name: str) -> str:
+            return str(folder / name) if name else ""
+
+        servers = (
+            name if name == ANY or _KEY.fullmatch(name) else absolute(name)
+            for name in self.policy.servers
+        )
+        return replace(
+            self,
+            data=replace(self.data, store=absolute(self.data.store)),
+            ledger=_Ledger(
+                file=absolute(self.ledger.file),
+                key=absolute(self.ledger.key),
+                anchor=absolute(self.ledger.anchor),
+            ),
+            policy=replace(self.policy, servers=tuple(servers)),
+        )
+
+    def rules(self) -> Policy:
+        """The policy. Raises PrivacyError where a server's key cannot be read."""
+        policy, servers = self.policy, self.policy.servers
+        return Policy(
+            unit=Unit(policy.unit),
+            epsilon=policy.max_epsilon,
+            delta=policy.delta,
+            trust_server=policy.trust_server,
+            records_are_units=policy.records_are_units,
+            min_noise_multiplier=policy.min_noise_multiplier,
+            max_sample_rate=policy.max_sample_rate,
+            max_clip_norm=policy.max_clip_norm,
+            max_rounds=policy.max_rounds,
+            max_steps=policy.max_steps,
+            max_parameters=policy.max_parameters,
+            tasks=frozenset(policy.tasks) or None,
+            modalities=frozenset(policy.modalities) or None,
+            servers=None if servers == (ANY,) else frozenset(map(public_key, servers)),
+            outputs=frozenset(policy.outputs),
+        )
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
+        """(what, hint) of each setting that is missing or out of range."""
+        policy = self.policy
+        if not self.data.store:
+            yield "data.store is missing", "say where the prepared data lies"
+        if self.data.node < 0:
+            yield f"data.node = {self.data.node}, but it must be 0 or more", ""
+        if policy.unit not in tuple(Unit):
+            yield f"policy.unit = {policy.unit!r}, but it must be one of {', '.join(Unit)}", ""
+        promises = policy.unit != Unit.NONE
+        if promises and not (0 < policy.max_epsilon < math.inf and 0 < policy.delta < 1):
+            yield (
+                "the node's settings hold no promise",
+                'set policy.max_epsilon and policy.delta, or policy.unit = "none" where nothing '
+                "has to be protected",
+            )
+        if promises and not self.ledger.file:
+            yield (
+                "ledger.file is missing: what is spent has to be written down",
+                "make one with `fedfuse ledger init FILE --node NAME --key KEY --anchor FILE`",
+            )
+        if not policy.servers or (ANY in policy.servers and len(policy.servers) > 1):
+            yield (
+                "policy.servers must name the servers that are answered",
+                'give their public keys, or ["any"] for whoever reaches this node',
+            )
+        for name, found, known in (
+            ("tasks", policy.tasks, tuple(TargetKind)),
+            ("outputs", policy.outputs, OUTPUTS),
+        ):
+            if unknown := [word for word in found if word not in known]:
+                yield f"policy.{name} has {unknown[0]!r}", f"it may hold {', '.join(known)}"
+        for name, value in (
+            ("min_noise_multiplier", policy.min_noise_multiplier),
+            ("max_sample_rate", policy.max_sample_rate),
+            ("max_clip_norm", policy.max_clip_norm),
+            ("max_rounds", policy.max_rounds),
+            ("max_steps", policy.max_steps),
+            ("max_parameters", policy.max_parameters),
+        ):
+            if not 0 <= value < math.inf:
+                yield f"policy.{name} = {value}, but it must be a number from 0 on", ""

@@ -1,0 +1,502 @@
+"""Plants faults in copies of the source, one by one, and sees the tests named for them fail.
+
+    python -m tests.faults                  # all of them, some minutes
+    python -m tests.faults --list
+    python -m tests.faults no-clipping late-reservation
+    python -m tests.faults --first          # one for each of the ten lines of docs/privacy.md
+
+Each fault replaces one text of one file. A text that is not there exactly once is an error, so that
+this list changes with the code. Each test must pass in a copy without a fault, and fail in the one
+with it: a copy that pytest cannot collect, or a broken fixture, does not count.
+Exit code: 0 where all were noticed, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["FAULTS", "Fault", "missing", "plant", "unnoticed"]
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("fedfuse", "tests", "server", "clients", "simulations", "docs", "pyproject.toml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What somebody could get wrong, where, and which tests notice."""
+
+    line: int
+    """Of the ten lines in docs/privacy.md."""
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """Node ids; one that is parametrised is named without its parameters."""
+
+
+PROMISE = "tests/federation/test_promise.py::"
+NOISE = "tests/privacy/test_noise.py::"
+CLIPPING = "tests/privacy/test_clipping.py::"
+UNITS = "tests/privacy/test_units.py::"
+NODE = "tests/federation/test_node.py::"
+HOSTILE = "tests/federation/test_hostile.py::"
+ACCOUNT = "tests/privacy/test_accounting.py::"
+
+FAULTS = (
+    Fault(
+        line=1,
+        name="unit-not-stated",
+        file="fedfuse/federation/summary.py",
+        old='f"{mechanism.unit.change}, against {whom}.{beyond}"',
+        new='f"the data, against {whom}.{beyond}"',
+        tests=(
+            f"{PROMISE}test_a_promise_names_its_unit_its_relation_its_delta_and_its_adversaries",
+        ),
+    ),
+    Fault(
+        line=1,
+        name="server-not-stated",
+        file="fedfuse/federation/summary.py",
+        old="shared = server is None or server > most",
+        new="shared = True",
+        tests=(
+            f"{PROMISE}test_a_promise_names_its_unit_its_relation_its_delta_and_its_adversaries",
+        ),
+    ),
+    Fault(
+        line=1,
+        name="model-cheaper-than-updates",
+        file="fedfuse/federation/summary.py",
+        old='return most, most, "post-processing',
+        new='return most, most / 2, "post-processing',
+        tests=(f"{PROMISE}test_that_nodes_are_drawn_at_random_is_no_gain",),
+    ),
+    Fault(
+        line=2,
+        name="rate-from-the-data",
+        file="fedfuse/privacy/sampling.py",
+        old="yield np.flatnonzero(stream.uniform(records) < sample_rate)",
+        new="yield np.flatnonzero(\n"
+        "            stream.uniform(records) < round(records * sample_rate) / max(records, 1)\n"
+        "        )",
+        tests=(f"{NOISE}test_rate_is_the_declared_one_whatever_the_data_size",),
+    ),
+    Fault(
+        line=2,
+        name="empty-batches-skipped",
+        file="fedfuse/privacy/sampling.py",
+        old="yield np.flatnonzero(stream.uniform(records) < sample_rate)",
+        new="rows = np.flatnonzero(stream.uniform(records) < sample_rate)\n"
+        "        if len(rows):\n"
+        "            yield rows",
+        tests=(f"{NOISE}test_empty_batches_are_steps",),
+    ),
+    Fault(
+        line=2,
+        name="fixed-batch-size",
+        file="fedfuse/privacy/sampling.py",
+        old="yield np.flatnonzero(stream.uniform(records) < sample_rate)",
+        new="yield np.argsort(stream.uniform(records))[: round(records * sample_rate)]",
+        tests=(f"{NOISE}test_poisson_draws_each_record_on_its_own_at_the_declared_rate",),
+    ),
+    Fault(
+        line=2,
+        name="divisor-from-the-data",
+        file="fedfuse/train.py",
+        old="            expected_batch=job.expected_batch,",
+        new="            expected_batch=max(1.0, len(records) * mechanism.sample_rate),",
+        tests=(
+            "tests/test_train.py::test_private_step_divides_by_the_public_size_whatever_is_drawn",
+        ),
+    ),
+    Fault(
+        line=3,
+        name="absent-modality-not-masked",
+        file="fedfuse/models/model.py",
+        old="tokens.append(torch.where(batch.present[name][:, None], token, "
+        "torch.zeros_like(token)))",
+        new="tokens.append(token)",
+        tests=(
+            f"{CLIPPING}test_absent_modality_contributes_zero_gradient",
+            f"{CLIPPING}test_absent_modality_says_nothing_about_its_content",
+        ),
+    ),
+    Fault(
+        line=4,
+        name="no-clipping",
+        file="fedfuse/privacy/dpsgd.py",
+        old="factors = (clip_norm * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0)",
+        new="factors = torch.ones_like(norms)",
+        tests=(
+            f"{CLIPPING}test_clipped_sum_equals_a_loop_over_records",
+            f"{CLIPPING}test_no_contribution_exceeds_the_clip_norm",
+        ),
+    ),
+    Fault(
+        line=4,
+        name="mean-loss",
+        file="fedfuse/privacy/dpsgd.py",
+        old="loss(model(part), part.target).sum().backward()",
+        new="loss(model(part), part.target).mean().backward()",
+        tests=(f"{CLIPPING}test_clipped_sum_equals_a_loop_over_records",),
+    ),
+    Fault(
+        line=4,
+        name="broken-record-left-in",
+        file="fedfuse/privacy/dpsgd.py",
+        old="        if not bool(finite.all()):",
+        new="        if False:",
+        tests=(f"{CLIPPING}test_broken_record_counts_as_zero",),
+    ),
+    Fault(
+        line=4,
+        name="noise-of-two-thirds",
+        file="fedfuse/privacy/noise.py",
+        old="return four.sum(0).mul_(0.5 * std)",
+        new="return four.sum(0).mul_(std / 3)",
+        tests=(f"{NOISE}test_noise_has_the_declared_sigma",),
+    ),
+    Fault(
+        line=5,
+        name="count-as-weight",
+        file="fedfuse/federation/node.py",
+        old="weight=float(len(dataset)) if counts and not promised else 1.0,",
+        new="weight=float(len(dataset)),",
+        tests=(f"{NODE}test_the_books_survive_the_rounds",),
+    ),
+    Fault(
+        line=5,
+        name="count-asked-for-and-given",
+        file="fedfuse/federation/policy.py",
+        old="if missing := needed - self.outputs:",
+        new="if missing := set[str]():",
+        tests=(f"{HOSTILE}test_a_count_leaves_only_where_the_operator_lets_it",),
+    ),
+    Fault(
+        line=5,
+        name="count-beside-the-sum-not-paid-for",
+        file="fedfuse/privacy/spec.py",
+        old="        if not self.count_noise:",
+        new="        if True:",
+        tests=(f"{UNITS}test_the_count_beside_the_sum_is_paid_for_by_more_noise_on_the_sum",),
+    ),
+    Fault(
+        line=5,
+        name="count-accepted-by-the-server",
+        file="fedfuse/federation/wire.py",
+        old="if not counts and weight != 1:",
+        new="if False:",
+        tests=(
+            "tests/federation/test_wire.py::test_a_count_is_a_weight_only_where_nothing_is_promised",
+        ),
+    ),
+    Fault(
+        line=6,
+        name="noise-from-torch",
+        file="fedfuse/privacy/noise.py",
+        old="uniform = torch.from_numpy(self.uniform(2 * pairs)).view(2, pairs)",
+        new="uniform = torch.rand(2, pairs, dtype=torch.float64)",
+        tests=(f"{NOISE}test_torch_seed_does_not_touch_noise",),
+    ),
+    Fault(
+        line=6,
+        name="noise-repeats-each-round",
+        file="fedfuse/privacy/noise.py",
+        old="{len(node)}:{node}{round}",
+        new="{len(node)}:{node}",
+        tests=(f"{NOISE}test_streams_differ_between_rounds_nodes_and_purposes",),
+    ),
+    Fault(
+        line=6,
+        name="sampling-and-noise-share-a-stream",
+        file="fedfuse/privacy/noise.py",
+        old="purpose.encode(), key=secret",
+        new='b"", key=secret',
+        tests=(f"{NOISE}test_streams_differ_between_rounds_nodes_and_purposes",),
+    ),
+    Fault(
+        line=6,
+        name="noise-from-the-model-seed",
+        file="fedfuse/federation/node.py",
+        old="return round_secret(site.policy.noise_seed, name, request.round)",
+        new="return round_secret(site.policy.noise_seed or str(site.config.seed), name, "
+        "request.round)",
+        tests=(f"{NODE}test_an_update_without_noise_seed_differs_each_time",),
+    ),
+    Fault(
+        line=6,
+        name="noise-from-what-the-server-configures",
+        file="fedfuse/federation/node.py",
+        old="return round_secret(site.policy.noise_seed, name, request.round)",
+        new="return round_secret(site.config.privacy.noise_seed, name, request.round)",
+        tests=(f"{HOSTILE}test_noise_does_not_follow_from_what_the_server_configures",),
+    ),
+    Fault(
+        line=7,
+        name="last-round-only",
+        file="fedfuse/privacy/composition.py",
+        old="total[key] = total.get(key, 0) + mechanism.steps",
+        new="total[key] = mechanism.steps",
+        tests=(
+            f"{ACCOUNT}test_composition_over_rounds_is_not_the_last_round",
+            "tests/privacy/test_ledger.py::"
+            "test_runs_servers_and_settings_compose_to_what_dp_accounting_says",
+        ),
+    ),
+    Fault(
+        line=7,
+        name="past-forgotten",
+        file="fedfuse/federation/policy.py",
+        old="if accounting.within([*past, rest], self.epsilon, self.delta):",
+        new="if accounting.within([rest], self.epsilon, self.delta):",
+        tests=(f"{NODE}test_what_was_spent_before_counts",),
+    ),
+    Fault(
+        line=7,
+        name="crash-not-spent",
+        file="fedfuse/privacy/tally.py",
+        old="            self._spend(entry, entry.mechanism)",
+        new="            if entry.kind is not Kind.RESERVED:\n"
+        "                self._spend(entry, entry.mechanism)",
+        tests=(
+            "tests/privacy/test_ledger.py::"
+            "test_a_reservation_without_a_commit_is_spent_all_the_same",
+            f"{HOSTILE}test_servers_and_runs_spend_from_one_budget",
+        ),
+    ),
+    Fault(
+        line=7,
+        name="late-reservation",
+        file="fedfuse/federation/node.py",
+        old="commit = books.reserve(reserved, request, site.policy.afford(request, mechanism))",
+        new="commit = lambda: books.reserve(  # noqa: E731\n"
+        "                reserved, request, site.policy.afford(request, mechanism)\n"
+        "            )()",
+        tests=(f"{NODE}test_a_round_is_reserved_before_a_record_is_read",),
+    ),
+    Fault(
+        line=7,
+        name="one-direction-only",
+        file="fedfuse/privacy/second.py",
+        old="return (1,) if all(q == 1 for q, _, _ in counts) else (1, -1)",
+        new="return (1,)",
+        tests=(
+            "tests/privacy/test_second.py::test_both_directions_are_asked_and_the_larger_counts",
+        ),
+    ),
+    Fault(
+        line=7,
+        name="sigma-too-small",
+        file="fedfuse/privacy/accounting.py",
+        old="return max(farthest(near, lambda sigma: fine(sigma) <= epsilon, way=-1), LEAST_SIGMA)",
+        new="return 0.98 * farthest(near, lambda sigma: fine(sigma) <= epsilon, way=-1)",
+        tests=(
+            f"{ACCOUNT}test_calibrated_sigma_keeps_the_promise_and_no_more",
+            "tests/privacy/test_planner.py::"
+            "test_solved_sigma_is_the_smallest_of_four_digits_that_keeps_epsilon",
+        ),
+    ),
+    Fault(
+        line=8,
+        name="drawing-nodes-is-a-gain",
+        file="fedfuse/federation/settle.py",
+        old="whole = plan(privacy, steps=train.rounds * a_round)",
+        new="drawn = privacy.sample_rate * config.federation.fraction\n"
+        "    whole = plan(\n"
+        "        dataclasses.replace(privacy, sample_rate=drawn), steps=train.rounds * a_round\n"
+        "    )",
+        tests=(f"{PROMISE}test_that_nodes_are_drawn_at_random_is_no_gain",),
+    ),
+    Fault(
+        line=8,
+        name="only-expected-rounds-count",
+        file="fedfuse/federation/settle.py",
+        old="whole = plan(privacy, steps=train.rounds * a_round)",
+        new="expected = max(1, round(train.rounds * config.federation.fraction))\n"
+        "    whole = plan(privacy, steps=expected * a_round)",
+        tests=(f"{PROMISE}test_that_nodes_are_drawn_at_random_is_no_gain",),
+    ),
+    Fault(
+        line=8,
+        name="rounds-of-unit-node-as-if-sampled",
+        file="fedfuse/privacy/plan.py",
+        old="rate = 1.0 if unit is Unit.NODE else privacy.sample_rate",
+        new="rate = privacy.sample_rate",
+        tests=(f"{UNITS}test_unit_node_is_a_gaussian_in_full_each_round",),
+    ),
+    Fault(
+        line=9,
+        name="repeated-subjects-let-through",
+        file="fedfuse/federation/simulate.py",
+        old="prepared.repeated_subjects and not privacy.records_are_units:",
+        new="False:",
+        tests=(
+            "tests/federation/test_simulate.py::"
+            "test_repeated_subjects_are_refused_unless_records_are_units",
+        ),
+    ),
+    Fault(
+        line=9,
+        name="person-taken-for-a-record",
+        file="fedfuse/federation/node.py",
+        old="if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:",
+        new="if False:",
+        tests=(f"{HOSTILE}test_a_person_with_several_records_is_not_taken_for_a_record",),
+    ),
+    Fault(
+        line=9,
+        name="subjects-clipped-by-record",
+        file="fedfuse/privacy/dpsgd.py",
+        old="        if owners is not None:\n            units",
+        new="        if False:\n            units",
+        tests=(
+            f"{UNITS}test_subjects_are_clipped_as_wholes_however_the_step_is_cut",
+            f"{UNITS}test_a_subject_of_many_records_moves_the_sum_by_no_more_than_the_clip_norm",
+        ),
+    ),
+    Fault(
+        line=9,
+        name="subjects-drawn-by-record",
+        file="fedfuse/privacy/sampling.py",
+        old="order = order[drawn[subjects[order]]]",
+        new="order = order[stream.uniform(len(order)) < sample_rate]",
+        tests=(
+            f"{UNITS}test_subjects_are_drawn_whole_at_the_declared_rate_and_give_no_more_than_allowed",
+        ),
+    ),
+    Fault(
+        line=10,
+        name="batch-norm-accepted",
+        file="fedfuse/privacy/dpsgd.py",
+        old="if isinstance(module, _CROSS_RECORD):",
+        new="if False:",
+        tests=(f"{CLIPPING}test_layer_that_mixes_records_is_refused",),
+    ),
+    Fault(
+        line=10,
+        name="batch-mean-taken-off",
+        file="fedfuse/models/model.py",
+        old="self.fusion(torch.stack(tokens, 1), seen)",
+        new="self.fusion(torch.stack(tokens, 1) - torch.stack(tokens, 1).mean(0), seen)",
+        tests=("tests/models/test_model.py::test_a_row_does_not_depend_on_its_neighbours",),
+    ),
+)
+
+
+def missing(fault: Fault, root: Path = ROOT) -> str:
+    """Why `fault` cannot be planted under `root`, or ""."""
+    path = root / fault.file
+    found = path.read_text(encoding="utf-8").count(fault.old) if path.is_file() else 0
+    if found != 1:
+        return f"{fault.name}: its text is found {found} times in {fault.file}, and must be once"
+    for test in fault.tests:
+        file, _, name = test.partition("::")
+        text = (root / file).read_text(encoding="utf-8") if (root / file).is_file() else ""
+        if f"def {name}(" not in text:
+            return f"{fault.name}: there is no test {test}"
+    return ""
+
+
+def plant(fault: Fault, root: Path) -> None:
+    """Writes `fault` into the copy at `root`, where it can be."""
+    path = root / fault.file
+    path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), "utf-8")
+
+
+def unnoticed(fault: Fault) -> tuple[str, ...]:
+    """The tests that do not fail with `fault` planted: none of them is what there should be."""
+    with tempfile.TemporaryDirectory(prefix="fault-") as folder:
+        root = copied(Path(folder))
+        plant(fault, root)
+        failed = run(root, fault.tests)
+    return tuple(test for test in fault.tests if test not in failed)
+
+
+def copied(folder: Path) -> Path:
+    """A copy of what the tests need, in `folder`."""
+    for part in PARTS:
+        source, target = ROOT / part, folder / part
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.is_file():
+            shutil.copy2(source, target)
+    return folder
+
+
+def run(root: Path, tests: Iterable[str]) -> set[str]:
+    """Which of `tests` fail in the copy at `root`. Raises RuntimeError where they do not run."""
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "", "--tb=no", "-rf", "--maxfail=20"]
+    words += ["-p", "no:cacheprovider", *tests]
+    process = subprocess.run(
+        words,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode not in (0, 1) or re.search(r"^ERROR ", process.stdout, re.MULTILINE):
+        raise RuntimeError(
+            f"the tests do not run:\n{process.stdout[-2000:]}{process.stderr[-2000:]}"
+        )
+    named = re.findall(r"^FAILED (\S+?)(?:\[.*)?(?: - .*)?$", process.stdout, re.MULTILINE)
+    return set(named)
+
+
+def first_of_each(faults: Sequence[Fault] = FAULTS) -> tuple[Fault, ...]:
+    """One fault for each of the ten lines."""
+    return tuple({fault.line: fault for fault in reversed(faults)}.values())[::-1]
+
+
+def main() -> int:
+    """Plants what is asked for, and says what was noticed."""
+    parser = argparse.ArgumentParser(description="Plants faults and sees their tests fail.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all of them")
+    parser.add_argument("--first", action="store_true", help="one for each of the ten lines")
+    parser.add_argument("--list", action="store_true", help="only list them")
+    options = parser.parse_args()
+    known = {fault.name: fault for fault in FAULTS}
+    for name in options.names:
+        if name not in known:
+            parser.error(f"no fault is named {name!r}; see --list")
+    chosen = [known[name] for name in options.names] or list(
+        first_of_each() if options.first else FAULTS
+    )
+    if options.list:
+        for fault in chosen:
+            print(f"{fault.line:>2}  {fault.name:<36}{fault.file}")
+        return 0
+    wrong = [text for fault in chosen if (text := missing(fault))]
+    if wrong:
+        print("\n".join(f"error: {text}" for text in wrong))
+        return 1
+    with tempfile.TemporaryDirectory(prefix="fault-") as folder:
+        failing = run(copied(Path(folder)), sorted({t for fault in chosen for t in fault.tests}))
+    if failing:
+        print("error: these fail without any fault: " + ", ".join(sorted(failing)))
+        return 1
+    left = 0
+    for fault in chosen:
+        began = time.monotonic()
+        survived = unnoticed(fault)
+        left += bool(survived)
+        verdict = f"NOT NOTICED by {', '.join(survived)}" if survived else "noticed"
+        print(f"{fault.line:>2}  {fault.name:<36}{verdict}  {time.monotonic() - began:.0f} s")
+        sys.stdout.flush()
+    print(f"{len(chosen) - left} of {len(chosen)} faults were noticed by each of their tests")
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""node.toml: read strictly, nothing promised by default, the example true."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedfuse.errors import ConfigError, PrivacyError
+from fedfuse.federation.nodefile import NodeFile
+from fedfuse.privacy.signing import SigningKey
+from fedfuse.privacy.spec import Unit
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "ab" * 32
+
+
+def written(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A node.toml that is complete, with settings of its sections changed; None leaves one out."""
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"store": "store"},
+        "ledger": {"file": "ledger"},
+        "policy": {"max_epsilon": 2.0, "delta": 1e-6, "servers": [KEY]},
+    }
+    for name, changes in sections.items():
+        whole = tree.get(name, {}) | changes
+        tree[name] = {key: value for key, value in whole.items() if value is not None}
+    path = folder / "node.toml"
+    path.write_text(tomli_w.dumps(tree))
+    return path
+
+
+def test_the_example_is_a_node_and_names_every_setting(tmp_path: Path) -> None:
+    example = ROOT / "clients" / "node.example.toml"
+    settings = NodeFile.read(example)
+    assert (settings.policy.unit, settings.policy.max_epsilon) == ("record", 2.0)
+    assert settings.ledger.anchor == "/mnt/other/clinic.anchor"
+    assert settings.ledger.file == str(example.parent / "clinic.ledger")
+    text = example.read_text()
+    for section in ("data", "ledger", "policy"):
+        for name in type(getattr(settings, section)).__dataclass_fields__:
+            assert f"{name} = " in text, f"{section}.{name}"
+    tree = tomllib.loads(text)
+    assert tree["policy"]["min_noise_multiplier"] == settings.policy.min_noise_multiplier
+
+
+def test_a_policy_is_what_the_file_says(tmp_path: Path) -> None:
+    SigningKey.create(tmp_path / "server.pem")
+    public = SigningKey.load(tmp_path / "server.pem").public
+    path = written(
+        tmp_path,
+        policy={
+            "servers": [KEY, "server.pem"], "tasks": ["classification"], "modalities": ["image"],
+            "max_rounds": 5, "max_steps": 50, "max_parameters": 500, "min_noise_multiplier": 1.5,
+            "max_sample_rate": 0.5, "max_clip_norm": 2.0, "unit": "subject",
+        },
+    )  # fmt: skip
+    rules = NodeFile.read(path).rules()
+    assert (rules.unit, rules.epsilon, rules.delta) == (Unit.SUBJECT, 2.0, 1e-6)
+    assert rules.servers == {KEY, public}
+    assert (rules.tasks, rules.modalities) == ({"classification"}, {"image"})
+    limits = (rules.max_rounds, rules.max_steps, rules.max_parameters, rules.min_noise_multiplier)
+    assert limits == (5, 50, 500, 1.5)
+    assert (rules.max_sample_rate, rules.max_clip_norm) == (0.5, 2.0)
+    assert (rules.noise_seed, rules.outputs) == ("", {"update"})
+    assert NodeFile.read(written(tmp_path, policy={"servers": ["any"]})).rules().servers is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"policy": {"max_epsilon": None}}, "no promise"),
+        ({"policy": {"max_epsilon": 0.0}}, "no promise"),
+        ({"policy": {"max_epsilon": float("inf")}}, "no promise"),
+        ({"policy": {"delta": None}}, "no promise"),
+        ({"policy": {"delta": 1.0}}, "no promise"),
+        ({"policy": {"delta": float("nan")}}, "policy.delta = nan"),
+        ({"policy": {"servers": None}}, "must name the servers"),
+        ({"policy": {"servers": [KEY, "any"]}}, "must name the servers"),
+        ({"policy": {"unit": "planet"}}, "policy.unit = 'planet'"),
+        ({"policy": {"tasks": ["faces"]}}, "policy.tasks has 'faces'"),
+        ({"policy": {"outputs": ["loss"]}}, "policy.outputs has 'loss'"),
+        ({"policy": {"max_rounds": -1}}, "max_rounds = -1"),
+        ({"policy": {"min_noise_multiplier": float("nan")}}, "min_noise_multiplier = nan"),
+        ({"policy": {"max_epsilom": 3.0}}, "unknown setting policy.max_epsilom"),
+        ({"policy": {"max_epsilon": "lots"}}, "policy.max_epsilon = 'lots'"),
+        ({"ledger": {"file": None}}, "ledger.file is missing"),
+        ({"data": {"store": None}}, "data.store is missing"),
+        ({"data": {"node": -1}}, "data.node = -1"),
+        ({"more": {"x": 1}}, "unknown setting more"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_and_the_setting_named(
+    tmp_path: Path, sections: dict[str, dict[str, Any]], message: str
+) -> None:
+    path = written(tmp_path, **sections)
+    with pytest.raises(ConfigError, match=message) as caught:
+        NodeFile.read(path)
+    assert caught.value.where == str(path)
+
+
+def test_a_node_without_a_promise_says_so_itself(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        policy={"unit": "none", "max_epsilon": None, "delta": None},
+        ledger={"file": None},
+    )
+    assert NodeFile.read(path).rules().unit is Unit.NONE
+
+
+def test_no_file_no_toml_and_no_key_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        NodeFile.read(tmp_path / "node.toml")
+    (tmp_path / "node.toml").write_text("policy = [")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        NodeFile.read(tmp_path / "node.toml")
+    path = written(tmp_path, policy={"servers": ["nobody.pub"]})
+    with pytest.raises(PrivacyError, match="key cannot be read"):
+        NodeFile.read(path).rules()

@@ -5,6 +5,7 @@ Torch-free. Every field is public: the server, every node and every reader of th
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -369,6 +370,12 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(
             f"model.fusion = {model.fusion!r}, but model.knowledge = {model.knowledge!r}",
             hint='fusion = "graph" needs a file of triples, and nothing else uses one',
+        )
+    if model.knowledge and not re.fullmatch(r"[0-9a-fA-F]{64}", model.knowledge_sha256):
+        raise ConfigError(
+            f"model.knowledge_sha256 = {model.knowledge_sha256!r}, but it must be the SHA-256 of "
+            "model.knowledge, so that all sites have the same graph",
+            hint=f"sha256sum {model.knowledge} tells it",
         )
     if model.fusion == "early" and model.absent != "zero":
         raise ConfigError(

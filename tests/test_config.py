@@ -100,6 +100,19 @@ def test_a_value_out_of_its_range_is_refused_by_name(key: str, value: object, wh
     assert what in caught.value.what
 
 
+def test_a_graph_comes_with_its_digest() -> None:
+    graph = {"model.fusion": "graph", "model.knowledge": "triples.tsv"}
+    with pytest.raises(ConfigError, match="knowledge_sha256") as caught:
+        RunConfig().with_values(graph)
+    assert "sha256sum triples.tsv" in caught.value.hint
+    assert RunConfig().with_values({**graph, "model.knowledge_sha256": "0a" * 32}).model.knowledge
+
+
+def test_early_fusion_has_no_tokens_to_stand_in() -> None:
+    with pytest.raises(ConfigError, match="no tokens"):
+        RunConfig().with_values({"model.fusion": "early", "model.absent": "learned"})
+
+
 def test_counts_may_weigh_updates_where_nothing_is_promised() -> None:
     changes = {"federation.weighting": "examples", "privacy.unit": "none"}
     assert not RunConfig().with_values(changes).private

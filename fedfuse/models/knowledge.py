@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedfuse.errors import ModelError
+from fedfuse.errors import DataError
 
 __all__ = ["Graph", "read_graph"]
 
@@ -58,22 +58,23 @@ def read_graph(path: Path, sha256: str = "") -> Graph:
     """The graph in a UTF-8 file: head, relation and tail, parted by tabs, a triple a line.
 
     Blank lines and lines that start with # are passed over. `sha256`: what the file's digest must
-    be, so that all sites have the same graph; empty: anything.
+    be; empty: anything. It is compared before a line is looked at: a server that names a path on
+    a node learns nothing of a file that it does not know already.
 
-    Raises ModelError, with the line.
+    Raises DataError, with the line; of such an error only the class leaves a node.
     """
     try:
         raw = path.read_bytes()
         lines = raw.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
+        raise DataError(
             f"cannot be read ({type(error).__name__})",
             where=str(path),
             hint="model.knowledge names a file of lines: head, tab, relation, tab, tail",
         ) from None
     found = hashlib.sha256(raw).hexdigest()
     if sha256 and found != sha256.lower():
-        raise ModelError(
+        raise DataError(
             f"its SHA-256 is {found}, but model.knowledge_sha256 is another",
             where=str(path),
             hint="get the graph that the federation agreed on",
@@ -84,7 +85,7 @@ def read_graph(path: Path, sha256: str = "") -> Graph:
             continue
         cells = [cell.strip() for cell in line.split("\t")]
         if len(cells) != 3 or not all(cells):
-            raise ModelError(
+            raise DataError(
                 f"{len(cells)} cells, but a triple has three",
                 where=f"{path}:{number}",
                 hint="head, tab, relation, tab, tail",
@@ -96,7 +97,7 @@ def read_graph(path: Path, sha256: str = "") -> Graph:
         (len(graph.triples), _MOST_TRIPLES, "triples"),
     ):
         if not 0 < count <= most:
-            raise ModelError(
+            raise DataError(
                 f"{count} {what}, but it must be 1 to {most}",
                 where=str(path),
                 hint="each record has its own state of each concept: keep to what matters",

@@ -125,7 +125,7 @@ def build_model(
     """The model that `config` describes for `schema`, with first weights that follow from `seed`.
 
     `graph` goes before the file that config.knowledge names. torch's global generator is left as
-    it was. Raises ModelError where the file cannot be used, or the operator cannot be made.
+    it was. Raises DataError where the file cannot be used, ModelError where the operator cannot.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -42,7 +42,7 @@ class ModelConfig:
     knowledge: str = ""
     """The file of triples of fusion = "graph": head, tab, relation, tab, tail in each line."""
     knowledge_sha256: str = ""
-    """What that file's digest must be, the same at all sites. Empty: it is not looked at."""
+    """What that file's digest must be, the same at all sites: `sha256sum FILE` tells it."""
     absent: str = "zero"
     """What stands for an absent modality: "zero" hides it from the operator; "learned" is a
     trained token in its place."""

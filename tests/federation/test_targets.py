@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_labels_through_a_graph_that_is_gone_when_the_model_is_opened(tmp_path: 
         manifest,
         model__fusion="graph",
         model__knowledge=str(triples),
+        model__knowledge_sha256=hashlib.sha256(triples.read_bytes()).hexdigest(),
         model__modality_dropout=0.2,
         model__absent="learned",
     )

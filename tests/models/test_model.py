@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.fft import dct
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
-from fedfuse.errors import ModelError
+from fedfuse.errors import DataError
 from fedfuse.models.encoders import cosines
 from fedfuse.models.knowledge import Graph
 from fedfuse.models.model import build_model, count_parameters
@@ -154,5 +154,5 @@ def test_parameters_are_counted_without_making_them(fusion: str, tmp_path: Path)
 
 def test_a_graph_is_needed_where_it_is_named_and_nowhere_else() -> None:
     schema = schema_of("vector")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         build_model(schema, ModelConfig(fusion="graph", knowledge="nosuch.tsv"))

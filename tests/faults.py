@@ -266,9 +266,7 @@ FAULTS = (
         old="            unclipped=ran.unclipped,\n",
         new="            unclipped=ran.unclipped,\n"
         "            problem=str(dict(ran.signal_to_noise)),\n",
-        tests=(
-            f"{RELEASES}test_all_bytes_but_the_charged_ones_are_the_same_whatever_the_records",
-        ),
+        tests=(f"{RELEASES}test_all_bytes_but_the_charged_ones_are_the_same_whatever_the_records",),
     ),
     Fault(
         line=6,

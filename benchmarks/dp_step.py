@@ -22,6 +22,8 @@ import datetime
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -191,25 +193,19 @@ def _by_vmap(
 
 
 def peak(way: str, name: str, rows: int) -> float:
-    """MB of resident memory that two steps take above model and batch, in a process forked here."""
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        found = "nan"
-        try:
-            step = step_of(way, name, rows)
-            before = _status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            step()
-            step()
-            found = str((_status("VmHWM") - before) / 1024)
-        finally:
-            os.write(write, found.encode())
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as answer:
-        found = answer.read()
-    os.waitpid(child, 0)
+    """MB of resident memory that three steps take above model and batch, in a fresh process."""
+    command = [sys.executable, __file__, "--peak", way, "--models", name, "--batches", str(rows)]
+    found = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     return float(found)
+
+
+def _peak_here(way: str, name: str, rows: int) -> float:
+    step = step_of(way, name, rows)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    for _ in range(3):
+        step()
+    return (_status("VmHWM") - before) / 1024
 
 
 def _status(key: str) -> int:
@@ -256,7 +252,13 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[32, 128, 512])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    if chosen.peak:
+        print(_peak_here(chosen.peak, chosen.models[0], chosen.batches[0]))
+        return
     ways = ["plain", *(way for way in chosen.ways if way != "plain")]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -330,6 +330,14 @@ FAULTS = (
     ),
     Fault(
         line=7,
+        name="last-round-stated",
+        file="fedfuse/federation/spending.py",
+        old="replace(one, steps=one.steps + mechanism.steps), True",
+        new="replace(one, steps=mechanism.steps), True",
+        tests=(f"{PROMISE}test_that_nodes_are_drawn_at_random_is_no_gain",),
+    ),
+    Fault(
+        line=7,
         name="past-forgotten",
         file="fedfuse/federation/policy.py",
         old="if accounting.within([*past, rest], self.epsilon, self.delta):",

@@ -94,7 +94,10 @@ def test_progress_is_a_plain_line_each_round_and_leaves_stdout_alone(
         "round 2/3",
         "round 3/3",
     ]
-    assert "loss 0.5  accuracy 0.4  epsilon 4.00 of 8  1 node, 1 failed  0.5 s" in result.err
+    assert (
+        "loss 0.5  accuracy 0.4  epsilon 4.00 of 8  1 node, 1 failed  1.0 kB in, 1.0 kB out  0.5 s"
+        in result.err
+    )
     assert json.loads(result.out)["headline"]["value"] == 0.6
 
 

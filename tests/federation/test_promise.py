@@ -13,6 +13,7 @@ from fedfuse.federation import summary
 from fedfuse.federation.rounds import job_of
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
+from fedfuse.federation.spending import Spent
 from fedfuse.privacy import accounting
 from fedfuse.privacy.spec import Event, Unit
 
@@ -45,7 +46,7 @@ def stated(unit: Unit, **changes: Any) -> dict[str, Any]:
         for round in range(1, 11)
         if (node, round) != ("b", 4)
     ]
-    session = SimpleNamespace(config=settled.config, mechanism=mechanism, events=events)
+    session = SimpleNamespace(config=settled.config, mechanism=mechanism, spent=Spent(events))
     return summary._privacy(cast(Session, session))
 
 

@@ -35,7 +35,11 @@ class TargetKind(StrEnum):
     """What is predicted."""
 
     CLASSIFICATION = "classification"
-    """One of C classes: target (B,) int64."""
+    """One of C classes: target (B,) int64. Two classes are a binary task."""
+    MULTILABEL = "multi-label"
+    """Any of C labels: target (B, C) float32, 1 where a label holds and 0 where not."""
+    ORDINAL = "ordinal"
+    """One of C classes in an order: target (B,) int64."""
     REGRESSION = "regression"
     """A real number: target (B,) float32, scaled to public units (see `Target`)."""
 
@@ -60,11 +64,21 @@ class Target:
     classes: tuple[str, ...] = ()
     centre: float = 0.0
     scale: float = 1.0
+    priors: tuple[float, ...] = ()
+    """The declared share of each class or label; () where nothing is declared. Never counted."""
+    span: tuple[float, ...] = ()
+    """The declared (lowest, highest) of a regression target, in its own units; or ()."""
 
     @property
     def outputs(self) -> int:
-        """The number of outputs of the model's head."""
-        return len(self.classes) if self.kind is TargetKind.CLASSIFICATION else 1
+        """The number of outputs of the model's head: an ordinal target has C - 1 thresholds."""
+        match self.kind:
+            case TargetKind.CLASSIFICATION | TargetKind.MULTILABEL:
+                return len(self.classes)
+            case TargetKind.ORDINAL:
+                return len(self.classes) - 1
+            case TargetKind.REGRESSION:
+                return 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +105,8 @@ class Schema:
                 classes=tuple(target["classes"]),
                 centre=float(target["centre"]),
                 scale=float(target["scale"]),
+                priors=tuple(map(float, target.get("priors", ()))),
+                span=tuple(map(float, target.get("span", ()))),
             ),
         )
 
@@ -107,7 +123,8 @@ class Batch:
     An absent modality is a zero row with ``present = False``, never a dropped row, so that row i
     is record i in every tensor.
 
-    inputs[m]: (B, *shape_m), finite. present[m]: (B,) bool. target: (B,).
+    inputs[m]: (B, *shape_m), finite. present[m]: (B,) bool. target: (B,), or (B, C)
+    of labels.
     """
 
     inputs: dict[str, Tensor]

@@ -5,6 +5,7 @@ Torch-free. Every field is public: the server, every node and every reader of th
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -15,7 +16,15 @@ import tomli_w
 
 from fedfuse.data.spec import PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
-from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS, ModelConfig
+from fedfuse.models.spec import (
+    ABSENT,
+    ATTENTIVE,
+    CLASS_WEIGHTS,
+    FUSIONS,
+    LOSSES,
+    TEXT_ENCODERS,
+    ModelConfig,
+)
 from fedfuse.privacy.spec import CLIPPINGS, PrivacyConfig, Unit
 
 __all__ = [
@@ -278,6 +287,9 @@ def _check(config: RunConfig) -> None:
         ("data.partition", data.partition, PARTITIONS),
         ("model.fusion", model.fusion, FUSIONS),
         ("model.text_encoder", model.text_encoder, TEXT_ENCODERS),
+        ("model.absent", model.absent, ABSENT),
+        ("model.loss", model.loss, LOSSES),
+        ("model.class_weights", model.class_weights, CLASS_WEIGHTS),
         ("train.optimizer", train.optimizer, OPTIMIZERS),
         ("train.schedule", train.schedule, SCHEDULES),
         ("privacy.unit", privacy.unit, tuple(unit.value for unit in Unit)),
@@ -305,6 +317,11 @@ def _check(config: RunConfig) -> None:
         ("model.dim", model.dim, 1, 65536),
         ("model.fusion_layers", model.fusion_layers, 1, 64),
         ("model.fusion_heads", model.fusion_heads, 1, 64),
+        ("model.fusion_width", model.fusion_width, 0, 65536),
+        ("model.fusion_rank", model.fusion_rank, 1, 1024),
+        ("model.fusion_tokens", model.fusion_tokens, 1, 1024),
+        ("model.modality_dropout", model.modality_dropout, 0, 0.95),
+        ("model.focal_gamma", model.focal_gamma, 0, 16),
         ("model.head_width", model.head_width, 0, 65536),
         ("model.image_width", model.image_width, 1, 4096),
         ("model.image_depth", model.image_depth, 1, 8),
@@ -350,7 +367,7 @@ def _check(config: RunConfig) -> None:
         if not low <= number <= high:
             raise ConfigError(f"{key} = {number}, but it must be from {low:g} to {high:g}")
     for key, width, heads in (
-        ("model.dim", model.dim, model.fusion_heads if model.fusion == "attention" else 1),
+        ("model.dim", model.dim, model.fusion_heads if model.fusion in ATTENTIVE else 1),
         (
             "model.text_width",
             model.text_width,
@@ -359,6 +376,22 @@ def _check(config: RunConfig) -> None:
     ):
         if width % heads:
             raise ConfigError(f"{key} = {width}, but it must be a multiple of its {heads} heads")
+    if (model.fusion == "graph") != bool(model.knowledge):
+        raise ConfigError(
+            f"model.fusion = {model.fusion!r}, but model.knowledge = {model.knowledge!r}",
+            hint='fusion = "graph" needs a file of triples, and nothing else uses one',
+        )
+    if model.knowledge and not re.fullmatch(r"[0-9a-fA-F]{64}", model.knowledge_sha256):
+        raise ConfigError(
+            f"model.knowledge_sha256 = {model.knowledge_sha256!r}, but it must be the SHA-256 of "
+            "model.knowledge, so that all sites have the same graph",
+            hint=f"sha256sum {model.knowledge} tells it",
+        )
+    if model.fusion == "early" and model.absent != "zero":
+        raise ConfigError(
+            f'model.absent = {model.absent!r}, but model.fusion = "early" has no tokens',
+            hint='set model.absent = "zero"',
+        )
     if config.private and federation.weighting == "examples":
         raise ConfigError(
             'federation.weighting = "examples", but a count of records is a release',

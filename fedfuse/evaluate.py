@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,20 @@ from torch import Tensor, nn
 
 from fedfuse.train import Records
 
-__all__ = ["Scorer", "evaluate", "predict"]
+__all__ = ["Scorer", "evaluate", "predict", "slices"]
+
+
+class TestRecords(Records, Protocol):
+    """Records of which it is known whose they are and what they have."""
+
+    @property
+    def clients(self) -> NDArray[np.str_]:
+        """(N,) whose each record is; "" where that is not said."""
+        ...
+
+    def present(self, name: str) -> NDArray[np.bool_]:
+        """(N,) whether each record has the modality `name`."""
+        ...
 
 
 class Scorer(Protocol):
@@ -55,3 +69,33 @@ def evaluate(
     outputs, targets = predict(model, records, device=device, batch_size=batch_size)
     figures = task.metrics(outputs.numpy(), targets.numpy())
     return {"loss": float(task.loss(outputs, targets).mean()), **figures}
+
+
+def slices(
+    model: nn.Module,
+    records: TestRecords,
+    task: Scorer,
+    names: Sequence[str],
+    *,
+    device: torch.device,
+    batch_size: int = 512,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The metrics again, of the records with the same modalities ("present": "image + text") and
+    of each client's ("client"), each with the number of "records".
+
+    `names`: the modalities. Not private: for public records. A slice may be small, and its
+    figures then say little.
+    """
+    outputs, targets = predict(model, records, device=device, batch_size=batch_size)
+    there = np.stack([records.present(name) for name in names], 1)
+    kinds = np.array([" + ".join(np.array(names)[row]) or "nothing" for row in there])
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for what, owner in (("present", kinds), ("client", records.clients)):
+        found[what] = {
+            str(name): {
+                "records": float((owner == name).sum()),
+                **task.metrics(outputs.numpy()[owner == name], targets.numpy()[owner == name]),
+            }
+            for name in sorted(set(owner.tolist()) - {""})
+        }
+    return found

@@ -15,6 +15,7 @@ from torch import nn
 
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
+from fedfuse.models.missing import drop_modalities
 from fedfuse.privacy.central import noisy_count, private_update, unclipped
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
@@ -173,7 +174,7 @@ class Trainer:
         if mechanism is None or mechanism.unit is Unit.NODE:
             start = self.weights()
             self._hooks_off()
-            self._run_plain(records, job, optimizer, pull, NoiseStream(secret, "order"))
+            self._run_plain(records, job, optimizer, pull, secret)
             return Ran() if mechanism is None else self._private_update(start, job, secret)
         if mechanism.unit is Unit.SUBJECT and subjects is None:
             raise PrivacyError('unit "subject" needs to know whose each record is')
@@ -249,6 +250,7 @@ class Trainer:
             count_noise=mechanism.count_noise,
         )
         sampling, rate = NoiseStream(secret, "sampling"), mechanism.sample_rate
+        thin = self._dropout(secret)
         drawn: Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]] = (
             ((rows, None) for rows in poisson_batches(len(records), rate, job.steps, sampling))
             if subjects is None
@@ -259,7 +261,7 @@ class Trainer:
             private_step(
                 model,
                 private,
-                records.batch(rows).to(self.device),
+                thin(records.batch(rows)).to(self.device),
                 self.loss,
                 physical_batch=job.physical_batch,
                 owners=owners,
@@ -279,17 +281,28 @@ class Trainer:
         job: Job,
         optimizer: torch.optim.Optimizer,
         pull: Callable[[], None] | None,
-        order: NoiseStream,
+        secret: bytes,
     ) -> None:
+        order, thin = NoiseStream(secret, "order"), self._dropout(secret)
         for rows in shuffled_batches(len(records), job.batch_size, job.steps, order):
             if len(rows) == 0:
                 return
-            batch = records.batch(rows).to(self.device)
+            batch = thin(records.batch(rows)).to(self.device)
             optimizer.zero_grad()
             self.loss(self.model(batch), batch.target).mean().backward()
             if pull is not None:
                 pull()
             optimizer.step()
+
+    def _dropout(self, secret: bytes) -> Callable[[Batch], Batch]:
+        """Modality dropout as the model's configuration asks for, from a stream of its own."""
+        chance = float(getattr(self.model, "modality_dropout", 0.0))
+        if chance == 0.0:
+            return lambda batch: batch
+        stream = NoiseStream(secret, "modality dropout")
+        return lambda batch: drop_modalities(
+            batch, chance, stream.uniform(len(batch) * len(batch.present))
+        )
 
     def _prepared(self, clipping: str) -> RecordGradients:
         """The model ready for private steps, which it is made once for each way of clipping."""

@@ -29,7 +29,7 @@ configs = st.builds(
             "data.manifest": st.text(st.characters(categories=["L", "N", "P", "Zs"])),
             "data.skip_bad": st.booleans(),
             "data.alpha": st.floats(1e-6, 1e6),
-            "model.fusion": st.sampled_from(FUSIONS),
+            "model.fusion": st.sampled_from([name for name in FUSIONS if name != "graph"]),
             "train.rounds": st.integers(1, 1_000_000),
             "train.learning_rate": st.floats(1e-12, 1e6),
             "train.schedule": st.sampled_from(SCHEDULES),
@@ -87,6 +87,10 @@ def test_a_file_says_where_it_is_wrong(tmp_path: Path) -> None:
         ("data.skip_bad", "yes", "must be bool"),
         ("name", 3, "must be str"),
         ("federation.weighting", "examples", "is a release"),
+        ("model.fusion", "graph", "model.knowledge"),
+        ("model.fusion", "addition", "one of concat"),
+        ("model.modality_dropout", 0.99, "to 0.95"),
+        ("model.loss", "hinge", "one of auto"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_by_name(key: str, value: object, what: str) -> None:
@@ -94,6 +98,19 @@ def test_a_value_out_of_its_range_is_refused_by_name(key: str, value: object, wh
         RunConfig().with_values({key: value})
     assert key in caught.value.what
     assert what in caught.value.what
+
+
+def test_a_graph_comes_with_its_digest() -> None:
+    graph = {"model.fusion": "graph", "model.knowledge": "triples.tsv"}
+    with pytest.raises(ConfigError, match="knowledge_sha256") as caught:
+        RunConfig().with_values(graph)
+    assert "sha256sum triples.tsv" in caught.value.hint
+    assert RunConfig().with_values({**graph, "model.knowledge_sha256": "0a" * 32}).model.knowledge
+
+
+def test_early_fusion_has_no_tokens_to_stand_in() -> None:
+    with pytest.raises(ConfigError, match="no tokens"):
+        RunConfig().with_values({"model.fusion": "early", "model.absent": "learned"})
 
 
 def test_counts_may_weigh_updates_where_nothing_is_promised() -> None:

@@ -10,8 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedfuse import train
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError
+from fedfuse.evaluate import predict
+from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.spec import Mechanism, Unit
 from fedfuse.train import Job, Trainer, pick_device
 
@@ -157,3 +160,47 @@ def test_device_that_is_not_there_is_a_clear_error() -> None:
     with pytest.raises(ModelError, match="cannot be used"):
         pick_device("toaster")
     assert pick_device("cpu") == CPU
+
+
+def test_modality_dropout_touches_neither_sampling_nor_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    purposes: list[str] = []
+
+    class Watched(NoiseStream):
+        def __init__(self, secret: bytes, purpose: str) -> None:
+            purposes.append(purpose)
+            super().__init__(secret, purpose)
+
+    monkeypatch.setattr(train, "NoiseStream", Watched)
+    found = []
+    for chance in (0.0, 0.6):  # of a record's only modality, which therefore always stays
+        one = trainer()
+        one.model.modality_dropout = chance
+        one.run(Points(40), PRIVATE, secret=SECRET)
+        found.append(one.weights())
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
+    assert sorted(purposes[:2]) == ["noise", "sampling"]
+    assert sorted(purposes[2:]) == ["modality dropout", "noise", "sampling"]
+
+
+@pytest.mark.parametrize("job", [PLAIN, PRIVATE])
+def test_modality_dropout_hides_in_training_and_not_after(job: Job) -> None:
+    class Watching(Line):
+        def forward(self, batch: Batch) -> torch.Tensor:
+            shares.append(float(batch.present["x"].float().mean()) if len(batch) else 0.5)
+            return super().forward(batch)
+
+    class Twice(Points):
+        def batch(self, rows: NDArray[np.int64]) -> Batch:
+            batch = super().batch(rows)
+            return replace(batch, present={**batch.present, "y": batch.present["x"]})
+
+    shares: list[float] = []
+    one = Trainer(Watching(), squares, CPU)
+    one.model.modality_dropout = 0.4
+    one.run(Twice(40), job, secret=SECRET)
+    assert np.mean(shares) == pytest.approx(1 - 0.4 + 0.16 / 2, abs=0.05)
+    shares.clear()
+    predict(one.model, Twice(40), device=CPU)
+    assert shares == [1.0]

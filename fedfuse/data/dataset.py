@@ -95,7 +95,7 @@ class Dataset:
 
     @property
     def labels(self) -> NDArray[np.generic]:
-        """(N,) class indices int64, or scaled targets float32."""
+        """(N,) class indices int64, scaled targets float32, or (N, C) labels float32."""
         return self._target[self._rows]
 
     def present(self, name: str) -> NDArray[np.bool_]:

@@ -20,7 +20,12 @@ from fedfuse.errors import DataError
 
 __all__ = ["Declaration", "DeclaredModality", "find_declaration", "read_declaration"]
 
-_TASKS = {
+_TASKS = {  # the more special word of a text goes first: "ordinal regression"
+    "multi-label": TargetKind.MULTILABEL,
+    "multilabel": TargetKind.MULTILABEL,
+    "tags": TargetKind.MULTILABEL,
+    "ordinal": TargetKind.ORDINAL,
+    "ordered": TargetKind.ORDINAL,
     "classification": TargetKind.CLASSIFICATION,
     "multiclass": TargetKind.CLASSIFICATION,
     "multi-class": TargetKind.CLASSIFICATION,
@@ -35,7 +40,7 @@ _USED = {
     "name", "task", "classes", "class_names", "labels", "num_classes", "modalities", "target",
     "target_range", "target_mean", "target_std", "target_min", "target_max", "label_range",
     "label_mean", "label_std", "label_min", "label_max", "range", "description", "license",
-    "source", "version", "client", "manifests",
+    "source", "version", "client", "manifests", "priors", "class_priors", "label_priors",
 }  # fmt: skip
 
 
@@ -67,6 +72,10 @@ class Declaration:
     target_column: str = ""
     centre: float | None = None
     scale: float | None = None
+    span: tuple[float, ...] = ()
+    """(lowest, highest) of a real target, where a range is declared."""
+    priors: tuple[float, ...] = ()
+    """The public share of each class or label, in the order of `classes`."""
     modalities: Mapping[str, DeclaredModality] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
@@ -110,6 +119,8 @@ def read_declaration(path: Path) -> Declaration:
         target_column=_target_column(target),
         centre=mean[0] if mean else None,
         scale=std[0] if std else None,
+        span=_span(facts),
+        priors=_priors(tree, classes, num_classes, path),
         modalities=_modalities(tree.get("modalities", {}), path),
         unused=tuple(sorted(set(tree) - _USED)),
     )
@@ -134,14 +145,13 @@ def _task(value: Any, path: Path) -> TargetKind | None:
     if value is None or value == "":
         return None
     words = re.findall(r"[a-z]+(?:-[a-z]+)*", str(value).lower().replace("_", "-"))
-    for word in words:
-        for name, kind in _TASKS.items():
-            if word == name or word.endswith(f"-{name}"):
-                return kind
+    for name, kind in _TASKS.items():
+        if any(word == name or word.endswith(f"-{name}") for word in words):
+            return kind
     raise DataError(
         f"task = {str(value)!r} is not known",
         where=str(path),
-        hint='task = "classification" or task = "regression"',
+        hint='task = "classification", "multi-label", "ordinal" or "regression"',
     )
 
 
@@ -160,6 +170,43 @@ def _classes(tree: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise DataError("classes names one class twice", where=str(path))
     return names
+
+
+def _priors(
+    tree: Mapping[str, Any], classes: tuple[str, ...], count: int, path: Path
+) -> tuple[float, ...]:
+    """The declared shares, by place or by name. () where there are none."""
+    value = next((tree[k] for k in ("priors", "class_priors", "label_priors") if k in tree), ())
+    try:
+        if isinstance(value, Mapping):
+            if set(map(str, value)) != set(classes):
+                raise ValueError
+            value = [value[name] for name in classes]
+        shares = tuple(float(share) for share in value)
+        if shares and (
+            len(shares) != (len(classes) or count) or not all(0 < s < 1 for s in shares)
+        ):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise DataError(
+            "priors cannot be understood",
+            where=str(path),
+            hint="a share between 0 and 1 for each class: priors = [0.7, 0.3], or by name",
+        ) from None
+    return shares
+
+
+def _span(facts: Mapping[str, Any]) -> tuple[float, ...]:
+    """(lowest, highest) where `facts` have a range; `_mean_std` has checked it."""
+    if "mean" in facts and "std" in facts and "range" not in facts:
+        return ()
+    if "range" in facts:
+        low, high = facts["range"]
+    elif "min" in facts and "max" in facts:
+        low, high = facts["min"], facts["max"]
+    else:
+        return ()
+    return (_floats(low)[0], _floats(high)[0])
 
 
 def _target_column(target: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfuse.batch import TargetKind
 from fedfuse.data.audio import AudioSpec, log_mel, read_waveform
 from fedfuse.data.columns import Source, undeclared
 from fedfuse.data.image import ImageSpec, read_image
@@ -36,7 +37,7 @@ class Decoded:
     """The good rows, in the manifest's order, and the problems of all.
 
     Of each modality `values[m]` (U, ...) holds every different content once, raw, and `index[m]`
-    (N,) says which is record i's, -1 where it is absent.
+    (N,) says which is record i's, -1 where it is absent. `target` is (N,), or (N, C) of labels.
     """
 
     rows: tuple[Row, ...]
@@ -87,7 +88,9 @@ def _check_rows(
 ) -> tuple[NDArray[np.float64], list[str]]:
     """Targets and splits of all rows; what is wrong with ids, splits, labels, clients."""
     rows = layout.manifest.rows
-    target = np.zeros(len(rows), dtype=np.float64)
+    several = layout.target.kind is TargetKind.MULTILABEL
+    shape = (len(rows), len(layout.target.classes)) if several else (len(rows),)
+    target = np.zeros(shape, dtype=np.float64)
     splits: list[str] = []
     first: dict[str, int] = {}
     for i, row in enumerate(rows):
@@ -106,7 +109,7 @@ def _check_rows(
         if value is None:
             found.append((layout.target_column, *_bad_label(layout)))
         else:
-            target[i] = value
+            target[(i, list(value)) if isinstance(value, tuple) else i] = 1 if several else value
         if need_client and split == "train" and not row.cells.get("client", ""):
             found.append(("client", "the client is blank", "say whose record it is"))
         if not any(s.present(tuple(row.cells[c] for c in s.columns)) for s in layout.all_sources):
@@ -121,6 +124,10 @@ def _check_rows(
 
 def _bad_label(layout: Layout) -> tuple[str, str]:
     classes = layout.target.classes
+    if layout.target.kind is TargetKind.MULTILABEL:
+        shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        what = f"its labels are not all among the {len(classes)} declared"
+        return what, f'labels are parted by ";", "-" is none of them; they are {shown}'
     if not classes:
         return "its target is not a finite number", "give each record a number"
     shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")

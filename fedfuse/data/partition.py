@@ -36,7 +36,7 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> tuple[NodeShar
     - "iid": equal shares at random.
     - "dirichlet": label skew as in Hsu et al. 2019 (arXiv:1909.06335), in the form of
       flwr-datasets: for each label the nodes' shares are drawn from Dirichlet(alpha). Continuous
-      targets are cut into ten equally filled labels first.
+      targets are cut into ten equally filled labels first; a set of labels counts as one label.
     - "quantity": shares of unequal size, drawn from Dirichlet(alpha), at least one record each.
     - "modality": equal shares, and each node keeps a modality with chance config.modality_keep,
       but always at least one.
@@ -100,6 +100,8 @@ def _dirichlet(dataset: Dataset, nodes: int, alpha: float, rng: np.random.Genera
     labels = np.asarray(dataset.labels)
     if dataset.schema.target.kind is TargetKind.REGRESSION:
         labels = np.argsort(np.argsort(labels, kind="stable")) * 10 // len(labels)
+    elif labels.ndim > 1:
+        labels = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     order = rng.permutation(len(dataset))
     table = {"row": order, "label": labels[order]}
 

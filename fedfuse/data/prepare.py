@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfuse.batch import Schema, TargetKind
+from fedfuse.batch import Schema
 from fedfuse.data.dataset import Column, Dataset
 from fedfuse.data.decode import Decoded, decode
 from fedfuse.data.fingerprint import of_records
@@ -27,7 +27,7 @@ from fedfuse.data.problem import refuse
 from fedfuse.data.series import SeriesSpec
 from fedfuse.data.spec import DataConfig
 from fedfuse.data.table import TableSpec, with_flags
-from fedfuse.data.target import with_scale
+from fedfuse.data.target import coded_labels, with_scale
 from fedfuse.data.vector import VectorSpec
 from fedfuse.errors import DataError
 
@@ -228,11 +228,7 @@ def _split(layout: Layout, decoded: Decoded, notes: list[str]) -> dict[str, Data
             )
     held = {name: decoded.target[splits == name].tolist() for name in ("valid", "test")}
     target = with_scale(layout.target, layout.manifest.declaration, held, notes)
-    labels: NDArray[np.generic]
-    if target.kind is TargetKind.REGRESSION:
-        labels = ((decoded.target - target.centre) / target.scale).astype(np.float32)
-    else:
-        labels = decoded.target.astype(np.int64)
+    labels = coded_labels(decoded.target, target)
     columns = _columns(layout, decoded, splits == "valid", notes)
     cells = {
         name: np.array([row.cells.get(name, "") for row in decoded.rows], dtype=np.str_)

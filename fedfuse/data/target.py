@@ -6,15 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedfuse.batch import Target, TargetKind
 from fedfuse.data.declaration import Declaration
 from fedfuse.data.inline import number
 from fedfuse.data.manifest import SPLITS, Manifest
 from fedfuse.errors import DataError
 
-__all__ = ["find_target", "label_value", "target_column", "with_scale"]
+__all__ = ["coded_labels", "find_target", "label_value", "target_column", "with_scale"]
 
 _FEW = 20
+_NO_LABEL = frozenset({"-", "none"})
+"""How a record says that it has none of the labels; a blank cell says nothing."""
 
 
 def target_column(manifest: Manifest) -> str:
@@ -46,19 +51,56 @@ def find_target(manifest: Manifest, column: str, notes: list[str]) -> Target:
     if task is None:
         task = _task(column, cells, said, notes)
     if task is TargetKind.REGRESSION:
-        return Target(kind=task)
-    return Target(kind=task, classes=_classes(manifest, cells, notes))
+        return Target(kind=task, span=said.span if said else ())
+    if task is TargetKind.MULTILABEL:
+        parts = {part for cell in cells for part in _labels(cell)}
+        classes = _classes(manifest, sorted(parts) or cells, notes)
+    else:
+        classes = _classes(manifest, cells, notes)
+    if task is TargetKind.ORDINAL and not (said and said.num_classes):
+        notes.append("classes: taken to be in sorted order; declare them to state their order")
+    return Target(kind=task, classes=classes, priors=said.priors if said else ())
 
 
-def label_value(cell: str, target: Target) -> float | int | None:
-    """The class index or the number in `cell`; None where it is neither.
+def label_value(cell: str, target: Target) -> float | int | tuple[int, ...] | None:
+    """The class index or the number in `cell`, or the indices of its labels; None where it is
+    none of these.
 
-    A class's name goes before an index, so that names such as "1", "2" mean what they say.
+    A class's name goes before an index, so that names such as "1", "2" mean what they say. Labels
+    are parted by semicolons: "a;b"; "-" or "none" is no label at all.
     """
+    if target.kind is TargetKind.MULTILABEL:
+        if not cell:
+            return None
+        found = [_class_index(part, target) for part in _labels(cell, target)]
+        return None if None in found else tuple(index for index in found if index is not None)
     if target.kind is TargetKind.REGRESSION:
         value = number(cell)
         # the store is float32
         return value if value is not None and math.isfinite(value) and abs(value) < 3e38 else None
+    return _class_index(cell, target)
+
+
+def coded_labels(values: NDArray[np.float64], target: Target) -> NDArray[np.generic]:
+    """What decoding gave, (N,) or (N, C) float64, as a batch has it: see `TargetKind`."""
+    match target.kind:
+        case TargetKind.REGRESSION:
+            return ((values - target.centre) / target.scale).astype(np.float32)
+        case TargetKind.MULTILABEL:
+            return values.astype(np.float32)
+        case _:
+            return values.astype(np.int64)
+
+
+def _labels(cell: str, target: Target | None = None) -> list[str]:
+    """The labels in a cell."""
+    text = cell.strip()
+    if text.lower() in _NO_LABEL and not (target and text in target.classes):
+        return []
+    return [part.strip() for part in text.split(";") if part.strip()]
+
+
+def _class_index(cell: str, target: Target) -> int | None:
     if cell in target.classes:
         return target.classes.index(cell)
     whole = _whole(cell)

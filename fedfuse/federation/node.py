@@ -158,7 +158,7 @@ def new_trainer(config: RunConfig, schema: Schema, *, worker: int = 0) -> Traine
     """A trainer whose weights are the first ones of a run."""
     model = build_model(schema, config.model, vocabulary=config.data.vocabulary, seed=config.seed)
     device = pick_device(config.train.device, worker)
-    return Trainer(model, Task.of(schema.target).loss, device)
+    return Trainer(model, Task.of(schema.target, config.model).loss, device)
 
 
 @lru_cache(maxsize=16)

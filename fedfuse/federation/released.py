@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fedfuse import __version__
 from fedfuse.batch import Schema
 from fedfuse.config import RunConfig
 from fedfuse.errors import RunFolderError
+from fedfuse.models.knowledge import Graph, read_graph
 from fedfuse.models.model import FusionModel, build_model
 from fedfuse.models.spec import ModelConfig
 from fedfuse.runfolder import RunFolder
@@ -20,7 +22,9 @@ __all__ = ["describe", "open_model"]
 
 def describe(schema: Schema, config: RunConfig) -> dict[str, Any]:
     """What is needed to build the model again, as plain values."""
-    target = schema.target
+    target, model = schema.target, config.model
+    known = model.fusion == "graph"
+    graph = read_graph(Path(model.knowledge), model.knowledge_sha256) if known else None
     return {
         "fedfuse": __version__,
         "name": config.name,
@@ -33,11 +37,14 @@ def describe(schema: Schema, config: RunConfig) -> dict[str, Any]:
             "classes": list(target.classes),
             "centre": target.centre,
             "scale": target.scale,
+            "priors": list(target.priors),
+            "span": list(target.span),
         },
         "modality": [
             {"name": m.name, "kind": m.kind.value, "shape": list(m.shape)}
             for m in schema.modalities
         ],
+        **({"knowledge": {"triples": graph.named()}} if graph else {}),
     }
 
 
@@ -49,8 +56,13 @@ def open_model(folder: RunFolder, device: str = "cpu") -> tuple[FusionModel, Sch
     weights, text = folder.model()
     try:
         schema = Schema.from_dict({"modalities": text["modality"], "target": text["target"]})
+        config = ModelConfig(**text["model"])
         model = build_model(
-            schema, ModelConfig(**text["model"]), vocabulary=text["vocabulary"], seed=text["seed"]
+            schema,
+            config,
+            vocabulary=text["vocabulary"],
+            seed=text["seed"],
+            graph=Graph.of(text["knowledge"]["triples"]) if "knowledge" in text else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
@@ -58,6 +70,6 @@ def open_model(folder: RunFolder, device: str = "cpu") -> tuple[FusionModel, Sch
             where=str(folder.path),
             hint=f"it was written by fedfuse {text.get('fedfuse', '?')}, this is {__version__}",
         ) from None
-    Trainer(model, Task.of(schema.target).loss, pick_device(device)).load(weights)
+    Trainer(model, Task.of(schema.target, config).loss, pick_device(device)).load(weights)
     model.eval()
     return model, schema

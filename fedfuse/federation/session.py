@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from fedfuse.batch import Schema
 from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
-from fedfuse.evaluate import evaluate
+from fedfuse.evaluate import evaluate, slices
 from fedfuse.federation import spending
 from fedfuse.federation.gathering import Mean
 from fedfuse.federation.node import new_trainer
@@ -71,7 +71,7 @@ class Session:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.task = Task.of(self.schema.target)
+        self.task = Task.of(self.schema.target, self.config.model)
         self._trainer = new_trainer(self.config, self.schema)
         self._strategy = build_strategy(self.config.federation, self.config.private)
         self._weights = self._trainer.weights()
@@ -224,6 +224,12 @@ class Session:
             return self.record.metrics
         self._trainer.load(self._weights)
         return evaluate(self._trainer.model, self.test, self.task, device=self._trainer.device)
+
+    def final_slices(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The same figures by what is present and by client; see `evaluate.slices`."""
+        self._trainer.load(self._weights)
+        trainer, names = self._trainer, self.schema.names
+        return slices(trainer.model, self.test, self.task, names, device=trainer.device)
 
     def abandon(self) -> None:
         """Enters a round that was broken off in the books: what was reserved counts."""

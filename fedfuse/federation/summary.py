@@ -54,6 +54,7 @@ def summarise(
         },
         "majority": task.baseline(session.test.labels),
         "metrics": metrics,
+        "slices": _plain(session.final_slices()),
         "privacy": _privacy(session),
         "data_fingerprint": fingerprint,
         "assumptions": list(assumptions),
@@ -61,6 +62,14 @@ def summarise(
         "bytes_sent": sum(row["bytes_sent"] for row in rows),
         "bytes_received": sum(row["bytes_received"] for row in rows),
         "seconds": round(session.seconds, 3),
+    }
+
+
+def _plain(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with null in place of what is not finite."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else (value if math.isfinite(value) else None)
+        for key, value in tree.items()
     }
 
 

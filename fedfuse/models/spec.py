@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FUSIONS", "TEXT_ENCODERS", "ModelConfig"]
+__all__ = [
+    "ABSENT", "ATTENTIVE", "CLASS_WEIGHTS", "FUSIONS", "LOSSES", "TEXT_ENCODERS", "ModelConfig",
+]  # fmt: skip
 
-FUSIONS = ("concat", "attention")
+FUSIONS = (
+    "concat", "sum", "gated", "mlp", "multiplicative", "tensor", "low-rank", "film", "attention",
+    "cross-attention", "co-attention", "bottleneck", "experts", "graph", "late", "early",
+)  # fmt: skip
+"""The names alone, for whoever needs no torch; the operators are in `fusion.OPERATORS`."""
+ATTENTIVE = ("attention", "cross-attention", "co-attention", "bottleneck")
+"""Those with attention heads, which divide the width of a token."""
+ABSENT = ("zero", "learned")
+LOSSES = ("auto", "cross-entropy", "focal", "mse", "mae", "huber")
+CLASS_WEIGHTS = ("none", "priors")
 TEXT_ENCODERS = ("bag", "transformer", "gru")
 
 
@@ -19,9 +30,24 @@ class ModelConfig:
     fusion: str = "concat"
     """One of FUSIONS."""
     fusion_layers: int = 1
-    """Attention layers (fusion = "attention")."""
+    """Layers of the operators that have layers."""
     fusion_heads: int = 4
-    """Attention heads; divides dim."""
+    """Attention heads of ATTENTIVE operators; divides dim."""
+    fusion_width: int = 0
+    """What mlp, multiplicative, low-rank and early give. 0: as wide as dim."""
+    fusion_rank: int = 8
+    """Of products between modalities: multiplicative, tensor, low-rank."""
+    fusion_tokens: int = 4
+    """Bottleneck tokens."""
+    knowledge: str = ""
+    """The file of triples of fusion = "graph": head, tab, relation, tab, tail in each line."""
+    knowledge_sha256: str = ""
+    """What that file's digest must be, the same at all sites: `sha256sum FILE` tells it."""
+    absent: str = "zero"
+    """What stands for an absent modality: "zero" hides it from the operator; "learned" is a
+    trained token in its place."""
+    modality_dropout: float = 0.0
+    """Chance that a modality of a record is left out of a training step, never all of a record."""
     head_width: int = 32
     """Hidden units of the head; 0 makes it linear."""
 
@@ -54,3 +80,12 @@ class ModelConfig:
     learned_words: bool = False
     """Train the word vectors. False keeps them at fixed public random values, which costs no
     noise: under DP noise grows with the number of trained parameters."""
+
+    loss: str = "auto"
+    """One of LOSSES. "auto": cross-entropy of classes and labels, huber of numbers; an ordinal
+    target has its own (CORN), and no other."""
+    focal_gamma: float = 2.0
+    """How much focal loss plays down what is already right."""
+    class_weights: str = "none"
+    """"priors": classes weigh by the inverse of their shares as declared, which are public; they
+    are never counted."""

@@ -26,6 +26,7 @@ HEAVY = ("torch", "flwr", "numpy", "matplotlib", "ray", "opacus", "rich")
         (("data", "check", "--help"), "fedfuse data check clinic/manifest.csv"),
         (("data", "demo", "--help"), "fedfuse data demo demo"),
         (("doctor", "--help"), "fedfuse doctor"),
+        (("models", "--help"), "fedfuse models --set model.dim=64"),
     ],
 )
 def test_each_command_has_help_with_an_example(

@@ -72,6 +72,9 @@ def test_the_table_form_is_understood(tmp_path: Path) -> None:
         ("binary classification", TargetKind.CLASSIFICATION),
         ("Regression", TargetKind.REGRESSION),
         ("continuous", TargetKind.REGRESSION),
+        ("multi-label classification", TargetKind.MULTILABEL),
+        ("classification, multi_label", TargetKind.MULTILABEL),
+        ("ordinal regression", TargetKind.ORDINAL),
     ],
 )
 def test_synonyms_of_the_task(task: str, kind: TargetKind, tmp_path: Path) -> None:
@@ -95,6 +98,10 @@ def test_unknown_fields_are_named_not_refused(tmp_path: Path) -> None:
         {"modalities": {"v": {"mean": [1, 2], "std": [1]}}},
         {"modalities": {"v": {"range": 5}}},
         {"num_classes": "many"},
+        {"classes": ["a", "b"], "priors": [0.5]},
+        {"classes": ["a", "b"], "priors": [0.5, 1.5]},
+        {"classes": ["a", "b"], "priors": {"a": 0.5, "z": 0.5}},
+        {"classes": ["a", "b"], "priors": 3},
     ],
 )
 def test_nonsense_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
@@ -107,3 +114,10 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     path.write_text("name = ")
     with pytest.raises(DataError, match="cannot be read"):
         read_declaration(path)
+
+
+def test_shares_of_classes_are_read_by_place_or_by_name(tmp_path: Path) -> None:
+    by_place = declare(tmp_path, classes=["a", "b"], priors=[0.9, 0.1])
+    by_name = declare(tmp_path, classes=["a", "b"], class_priors={"b": 0.1, "a": 0.9})
+    assert by_place.priors == by_name.priors == (0.9, 0.1)
+    assert declare(tmp_path).priors == ()

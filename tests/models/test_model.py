@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 from scipy.fft import dct
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
-from fedfuse.models.encoders import _cosines
-from fedfuse.models.model import build_model
-from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS, ModelConfig
+from fedfuse.errors import DataError
+from fedfuse.models.encoders import cosines
+from fedfuse.models.knowledge import Graph
+from fedfuse.models.model import build_model, count_parameters
+from fedfuse.models.spec import ABSENT, FUSIONS, TEXT_ENCODERS, ModelConfig
 
 KINDS = {
     "image": (Kind.IMAGE, (1, 12, 12)),
@@ -24,6 +28,7 @@ KINDS = {
     "vector": (Kind.VECTOR, (5,)),
     "table": (Kind.TABLE, (8,)),
 }
+GRAPH = Graph.of([("a", "near", "b"), ("b", "near", "c"), ("a", "far", "c")])
 REGRESSION = Target(kind=TargetKind.REGRESSION, centre=1.0, scale=2.0)
 
 
@@ -47,14 +52,17 @@ def random_batch(schema: Schema, size: int, seed: int, chance: float = 0.7) -> B
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("size", [0, 1, 3])
-def test_every_kind_is_encoded_in_every_fusion(fusion: str, name: str, size: int) -> None:
-    schema = schema_of(name)
-    model = build_model(schema, ModelConfig(fusion=fusion), vocabulary=50)
-    out = model(random_batch(schema, size, 0))
-    assert out.shape == (size, 1)
-    assert torch.isfinite(out).all()
+@pytest.mark.parametrize("absent", ABSENT)
+def test_every_kind_is_encoded_in_every_fusion(fusion: str, absent: str) -> None:
+    for name in KINDS:
+        schema = schema_of(name)
+        absent = "zero" if fusion == "early" else absent
+        config = ModelConfig(fusion=fusion, absent=absent)
+        model = build_model(schema, config, vocabulary=50, graph=GRAPH)
+        for size in (0, 1, 3):
+            out = model(random_batch(schema, size, 0))
+            assert out.shape == (size, 1)
+            assert torch.isfinite(out).all()
 
 
 @settings(max_examples=20, deadline=None)
@@ -68,7 +76,8 @@ def test_a_row_does_not_depend_on_its_neighbours(
     fusion: str, text: str, seed: int, row: int
 ) -> None:
     schema = schema_of("image", "audio", "text", "table")
-    model = build_model(schema, ModelConfig(fusion=fusion, text_encoder=text), vocabulary=50)
+    config = ModelConfig(fusion=fusion, text_encoder=text)
+    model = build_model(schema, config, vocabulary=50, graph=GRAPH)
     model.train()
     batch = random_batch(schema, 5, seed)
     alone = model(batch[slice(row, row + 1)])
@@ -78,7 +87,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_record_with_no_modality_gives_a_finite_output(fusion: str) -> None:
     schema = schema_of("image", "text", "vector")
-    model = build_model(schema, ModelConfig(fusion=fusion), vocabulary=50)
+    model = build_model(schema, ModelConfig(fusion=fusion), vocabulary=50, graph=GRAPH)
     assert torch.isfinite(model(random_batch(schema, 4, 1, chance=0.0))).all()
 
 
@@ -119,8 +128,8 @@ def test_cosine_terms_are_the_orthogonal_dct() -> None:
         kept = min(terms, length)
         expected = dct(np.eye(length), axis=0, norm="ortho")[:kept]
         expected[0] *= np.sqrt(2)
-        np.testing.assert_allclose(_cosines(length, terms).numpy(), expected, atol=1e-6)
-    assert _cosines(5, 0).shape == (0, 5)
+        np.testing.assert_allclose(cosines(length, terms).numpy(), expected, atol=1e-6)
+    assert cosines(5, 0).shape == (0, 5)
 
 
 def test_a_plane_without_cosine_terms_has_convolutions_alone() -> None:
@@ -130,3 +139,20 @@ def test_a_plane_without_cosine_terms_has_convolutions_alone() -> None:
     assert model(random_batch(schema, 2, 0)).shape == (2, 1)
     fixed = build_model(schema, ModelConfig(), vocabulary=50)
     assert set(model.state_dict()) == set(fixed.state_dict())
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_parameters_are_counted_without_making_them(fusion: str, tmp_path: Path) -> None:
+    path = tmp_path / "triples.tsv"
+    path.write_text("a\tnear\tb\nb\tnear\tc\n")
+    config = ModelConfig(fusion=fusion, knowledge=str(path) if fusion == "graph" else "")
+    schema = schema_of("image", "text", "series")
+    made = build_model(schema, config, vocabulary=50)
+    expected = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert count_parameters(schema, config, vocabulary=50) == expected
+
+
+def test_a_graph_is_needed_where_it_is_named_and_nowhere_else() -> None:
+    schema = schema_of("vector")
+    with pytest.raises(DataError, match="cannot be read"):
+        build_model(schema, ModelConfig(fusion="graph", knowledge="nosuch.tsv"))

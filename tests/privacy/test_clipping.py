@@ -11,8 +11,9 @@ from torch import nn
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
 from fedfuse.errors import ModelError
+from fedfuse.models.knowledge import Graph
 from fedfuse.models.model import FusionModel, build_model
-from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS, ModelConfig
+from fedfuse.models.spec import ABSENT, FUSIONS, TEXT_ENCODERS, ModelConfig
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.dpsgd import (
     PrivateOptimizer,
@@ -40,11 +41,13 @@ SMALL = ModelConfig(
     audio_depth=2, series_width=4, vector_width=5, text_width=6, text_heads=2,
 )  # fmt: skip
 TASK = Task.of(SCHEMA.target)
+GRAPH = Graph.of([("a", "near", "b"), ("b", "near", "c"), ("a", "far", "c")])
 
 
 def model_with(**changes: object) -> FusionModel:
     values = {field: getattr(SMALL, field) for field in SMALL.__dataclass_fields__} | changes
-    return build_model(SCHEMA, ModelConfig(**values), vocabulary=20, seed=1).double()
+    config = ModelConfig(**values)
+    return build_model(SCHEMA, config, vocabulary=20, seed=1, graph=GRAPH).double()
 
 
 def batch_of(size: int, seed: int, chance_present: float = 0.6) -> Batch:
@@ -109,7 +112,7 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
         assert float((f - e).norm()) <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ["concat", "co-attention", "early"])
 @pytest.mark.parametrize("text", TEXT_ENCODERS)
 @pytest.mark.parametrize("learned_words", [False, True])
 def test_clipped_sum_equals_a_loop_over_records(
@@ -123,6 +126,16 @@ def test_clipped_sum_equals_a_loop_over_records(
             assert_same(clipped_sum(model, batch, clip_norm, clipping=clipping), expected)
 
 
+@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_clipped_sum_equals_a_loop_in_every_fusion(fusion: str, absent: str) -> None:
+    absent = "zero" if fusion == "early" else absent
+    model = model_with(fusion=fusion, absent=absent, fusion_layers=2)
+    batch = batch_of(6, seed=3)
+    for clip_norm in (0.05, 1.0, 100.0):
+        assert_same(clipped_sum(model, batch, clip_norm), oracle(model, batch, clip_norm))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     size=st.integers(0, 7),
@@ -131,46 +144,62 @@ def test_clipped_sum_equals_a_loop_over_records(
     physical=st.integers(1, 8),
     fusion=st.sampled_from(FUSIONS),
     clipping=st.sampled_from(CLIPPINGS),
+    absent=st.sampled_from(ABSENT),
+    text=st.sampled_from(TEXT_ENCODERS),
 )
 def test_clipped_sum_holds_for_any_size_mask_and_split(
-    size: int, seed: int, present: float, physical: int, fusion: str, clipping: str
+    size: int,
+    seed: int,
+    present: float,
+    physical: int,
+    fusion: str,
+    clipping: str,
+    absent: str,
+    text: str,
 ) -> None:
-    model = model_with(fusion=fusion)
+    absent = "zero" if fusion == "early" else absent
+    model = model_with(fusion=fusion, absent=absent, text_encoder=text)
     batch = batch_of(size, seed, present)
     found = clipped_sum(model, batch, 0.3, physical, clipping)
     assert_same(found, oracle(model, batch, 0.3))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("text", TEXT_ENCODERS)
-def test_empty_batch_gives_a_zero_sum(fusion: str, text: str) -> None:
-    found = clipped_sum(model_with(fusion=fusion, text_encoder=text), batch_of(0, 0), 1.0)
-    assert all(float(g.abs().max()) < 1e-12 for g in found)
+def test_empty_batch_gives_a_zero_sum(fusion: str) -> None:
+    for text in TEXT_ENCODERS:
+        found = clipped_sum(model_with(fusion=fusion, text_encoder=text), batch_of(0, 0), 1.0)
+        assert all(float(g.abs().max()) < 1e-12 for g in found)
 
 
+@pytest.mark.parametrize("stand_in", ABSENT)
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("absent", SCHEMA.names)
-def test_absent_modality_contributes_zero_gradient(fusion: str, absent: str) -> None:
-    model = model_with(fusion=fusion)
+def test_absent_modality_contributes_zero_gradient(fusion: str, absent: str, stand_in: str) -> None:
+    early = fusion == "early"
+    model = model_with(fusion=fusion, absent="zero" if early else stand_in, learned_words=early)
     batch = batch_of(5, seed=4, chance_present=1.0)
     batch.present[absent][:] = False
     model.zero_grad()
     TASK.loss(model(batch), batch.target).sum().backward()
     which = SCHEMA.names.index(absent)
-    for module in (model.encoders[which], model.norms[which]):
-        assert all(float(p.grad.abs().max()) == 0.0 for p in module.parameters())
+    own = [p for name, p in model.named_parameters() if model.part_of(name) == absent]
+    assert own or early
+    assert all(float(p.grad.abs().max()) == 0.0 for p in own)
     others = [p for i, e in enumerate(model.encoders) if i != which for p in e.parameters()]
-    assert any(float(p.grad.abs().max()) > 0 for p in others)
+    assert any(float(p.grad.abs().max()) > 0 for p in others) or (early and absent == "text")
+    if not early and stand_in == "learned":
+        assert float(model.absent.weight.grad[which].abs().max()) > 0
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_absent_modality_says_nothing_about_its_content(fusion: str) -> None:
     model = model_with(fusion=fusion).eval()
-    batch = batch_of(4, seed=5, chance_present=1.0)
-    batch.present["image"][:] = False
-    before = model(batch)
-    batch.inputs["image"].add_(7.0)
-    assert torch.equal(before, model(batch))
+    for name in ("image", "text"):
+        batch = batch_of(4, seed=5, chance_present=1.0)
+        batch.present[name][:] = False
+        before = model(batch)
+        batch.inputs[name].copy_(batch.inputs[name].flip(0) * 2 % 17)
+        assert torch.equal(before, model(batch))
 
 
 @pytest.mark.parametrize("clipping", CLIPPINGS)

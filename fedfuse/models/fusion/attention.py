@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.models.blocks import TransformerBlock, masked_mean
+from fedfuse.models.fusion.operator import TokenFusion
 
 __all__ = ["AttentionFusion"]
 
 
-class AttentionFusion(nn.Module):
+class AttentionFusion(TokenFusion):
     """z (B, M, D), seen (B, M) -> (B, D): tokens with a learned mark of their modality attend to
     those that are there; then the mean over those (Vaswani et al. 2017, arXiv:1706.03762v7)."""
 
     def __init__(self, modalities: int, dim: int, heads: int, layers: int) -> None:
         super().__init__()
+        self.width = dim
         # An Embedding and not a bare Parameter: per-record gradients are then exact.
         self.mark = nn.Embedding(modalities, dim)
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads) for _ in range(layers))

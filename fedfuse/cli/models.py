@@ -1,0 +1,163 @@
+"""`fedfuse models`: the operators and encoders there are, with what each costs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+
+from fedfuse.errors import ModelError
+
+if TYPE_CHECKING:
+    from fedfuse.batch import Schema
+    from fedfuse.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """An operator in a whole model, or an encoder alone."""
+
+    name: str
+    what: str
+    """Of an operator its level, "early", "intermediate" or "late"; of an encoder its modality."""
+    paper: str
+    parameters: int | None
+    """None: it cannot be made here, and `note` says why."""
+    flops: int | None
+    bytes_per_round: int | None
+    note: str = ""
+
+
+def models(
+    scenario: Annotated[
+        Path | None, typer.Argument(help="Widths and depths from here.", metavar="[SCENARIO.toml]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="For the shapes of this manifest.", metavar="MANIFEST")
+    ] = None,
+    knowledge: Annotated[
+        Path | None, typer.Option(help='Triples, for the operator "graph".', metavar="FILE")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting.", metavar="KEY=VALUE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List fusion operators and encoders with parameters, arithmetic and bytes on the wire.
+
+    Shapes are those of the demo data, unless --data names a manifest. An operator's line is a whole
+    model around it; FLOP are counted of one record's forward pass, a multiply and an add as two,
+    in matrix products and convolutions; bytes are a node's, down and up, in one round.
+
+    Example: fedfuse models --set model.dim=64
+    """
+    from fedfuse.config import RunConfig
+
+    config = RunConfig.from_toml(scenario) if scenario else RunConfig()
+    for change in changes or ():
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise click.BadParameter(f"--set {change}", param_hint="such as --set model.dim=64")
+        config = config.with_values({key: value})
+    schema = _schema(config, data)
+    fusions = list(_fusions(config, schema, knowledge))
+    encoders = list(_encoders(config, schema))
+    if as_json:
+        tree = {
+            "modalities": {m.name: {"kind": m.kind, "shape": m.shape} for m in schema.modalities},
+            "fusions": [asdict(each) for each in fusions],
+            "encoders": [asdict(each) for each in encoders],
+        }
+        click.echo(json.dumps(tree, indent=2))
+        return
+    shapes = ", ".join(f"{m.name} {' x '.join(map(str, m.shape))}" for m in schema.modalities)
+    click.echo(f"models for {shapes}\n")
+    for title, listed in (("fusion", fusions), ("encoder", encoders)):
+        click.echo(f"{title:<16}{'':<14}{'parameters':>11}{'kFLOP':>9}{'kB/round':>10}  source")
+        for each in listed:
+            click.echo(_line(each))
+        click.echo("")
+
+
+def _line(each: Listed) -> str:
+    if each.parameters is None:
+        return f"{each.name:<16}{each.what:<14}{'':>30}  {each.note}"
+    flops, size = (each.flops or 0) / 1e3, (each.bytes_per_round or 0) / 1e3
+    numbers = f"{each.parameters:>11,}{flops:>9,.0f}{size:>10,.0f}"
+    return f"{each.name:<16}{each.what:<14}{numbers}  {each.paper}".rstrip()
+
+
+def _schema(config: RunConfig, data: Path | None) -> Schema:
+    from fedfuse.batch import Kind, Modality, Schema, Target, TargetKind
+
+    if data is not None or config.data.manifest:
+        from fedfuse.data.layout import plan
+        from fedfuse.data.manifest import read_manifest
+
+        layout = plan(read_manifest(data or Path(config.data.manifest)), config.data)
+        return layout.schema(layout.target)
+    from fedfuse.data.audio import HOP_S
+    from fedfuse.data.demo import CLASSES, RATE, SAMPLES, SIZE
+
+    frames = config.data.mel_frames or round(SAMPLES / RATE / HOP_S + 0.49)
+    return Schema(
+        modalities=(
+            Modality(name="image", kind=Kind.IMAGE, shape=(3, SIZE, SIZE)),
+            Modality(name="audio", kind=Kind.AUDIO, shape=(config.data.mel_bands, frames)),
+            Modality(name="text", kind=Kind.TEXT, shape=(config.data.text_tokens,)),
+        ),
+        target=Target(kind=TargetKind.CLASSIFICATION, classes=CLASSES),
+    )
+
+
+def _fusions(config: RunConfig, schema: Schema, knowledge: Path | None) -> Iterator[Listed]:
+    from fedfuse.models.cost import cost_of
+    from fedfuse.models.fusion import OPERATORS
+    from fedfuse.models.knowledge import read_graph
+    from fedfuse.models.model import build_model
+
+    graph = read_graph(knowledge) if knowledge else None
+    for name in OPERATORS:
+        model = replace(
+            config.model, fusion=name, absent="zero" if name == "early" else config.model.absent
+        )
+        try:
+            if name == "graph" and graph is None:
+                raise ModelError("--knowledge names no file of triples")
+            built = build_model(schema, model, vocabulary=config.data.vocabulary, graph=graph)
+        except ModelError as error:
+            yield Listed(
+                name=name, what="", paper="", parameters=None, flops=None, bytes_per_round=None,
+                note=error.what,
+            )  # fmt: skip
+            continue
+        paper = _paper(type(built.fusion).__doc__)
+        cost = asdict(cost_of(built, schema)["all"])
+        yield Listed(name=name, what=built.fusion.level, paper=paper, **cost)
+
+
+def _encoders(config: RunConfig, schema: Schema) -> Iterator[Listed]:
+    from fedfuse.batch import Kind
+    from fedfuse.models.cost import cost_of_encoder
+    from fedfuse.models.encoders import build_encoder
+    from fedfuse.models.spec import TEXT_ENCODERS
+
+    for modality in schema.modalities:
+        text = modality.kind is Kind.TEXT
+        for name in TEXT_ENCODERS if text else (modality.kind.value,):
+            model = replace(config.model, text_encoder=name) if text else config.model
+            encoder = build_encoder(modality, model, config.data.vocabulary)
+            cost = asdict(cost_of_encoder(encoder, modality))
+            yield Listed(name=name, what=modality.name, paper=_paper(encoder.__doc__), **cost)
+
+
+def _paper(doc: str | None) -> str:
+    """The first source that a docstring cites."""
+    found = re.search(r"arXiv:\d+\.\d+|doi:\S+?(?=[,;)\s])|\bICLR\b|\bICML\b", doc or "")
+    return found[0] if found else ""

@@ -1,0 +1,38 @@
+"""Feature-wise modulation: what the other modalities say scales and shifts each token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.models.fusion.operator import TokenFusion, flags, hide
+
+__all__ = ["FilmFusion"]
+
+
+class FilmFusion(TokenFusion):
+    """z (B, M, D), seen (B, M) -> (B, M D + M): FiLM (Perez et al. 2018, arXiv:1709.07871v2,
+    equation 2), z_m' = (1 + gamma_m) z_m + beta_m, gamma_m and beta_m linear in all other tokens.
+
+    Where no other modality is there a token stays as it is. The change of 1 to gamma follows the
+    paper's section 7.2, so that training starts from the identity.
+    """
+
+    def __init__(self, modalities: int, dim: int) -> None:
+        super().__init__()
+        self.width = modalities * (dim + 1)
+        # Row m of the weights would see token m too; the mask below takes it out.
+        self.generate = nn.ModuleList(
+            nn.Linear(modalities * (dim + 1), 2 * dim) for _ in range(modalities)
+        )
+
+    def forward(self, z: Tensor, seen: Tensor) -> Tensor:
+        """(B, M D + M)."""
+        changed = []
+        for m, layer in enumerate(self.generate):
+            others = seen.clone()
+            others[:, m] = False
+            told = layer(torch.cat([hide(z, others).flatten(1), flags(others, z)], 1))
+            gamma, beta = hide(told, others.any(1)).chunk(2, 1)
+            changed.append(hide((1 + gamma) * z[:, m] + beta, seen[:, m]))
+        return torch.cat([*changed, flags(seen, z)], 1)

@@ -1,0 +1,62 @@
+"""What a fusion operator is: three levels, by what reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EarlyFusion", "Fusion", "SequenceFusion", "TokenFusion", "flags", "hide"]
+
+
+class Fusion(nn.Module):
+    """Some modalities -> one vector. No operation mixes rows, and all weights sit in layers whose
+    per-record gradients are exact: Linear, LayerNorm, Embedding; never a bare Parameter."""
+
+    width: int
+    """Of the vector; 0 where the operator gives the outputs themselves, without a head."""
+
+    @property
+    def level(self) -> str:
+        """ "early", "intermediate" or "late"."""
+        if isinstance(self, EarlyFusion):
+            return "early"
+        return "intermediate" if self.width else "late"
+
+
+class TokenFusion(Fusion):
+    """One token a modality."""
+
+    def forward(self, z: Tensor, seen: Tensor) -> Tensor:
+        """z (B, M, D), zero where absent, and seen (B, M) bool -> (B, width)."""
+        raise NotImplementedError
+
+
+class SequenceFusion(Fusion):
+    """A sequence of tokens a modality; the first one is the whole record of it."""
+
+    def forward(self, tokens: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
+        """M tokens (B, 1 + T_m, D), zero where absent; seen (B, 1 + T_m) bool -> (B, width)."""
+        raise NotImplementedError
+
+
+class EarlyFusion(Fusion):
+    """Records as they are, before anything is learned of one alone."""
+
+    def forward(self, features: Sequence[Tensor], seen: Tensor) -> Tensor:
+        """M features (B, F_m), zero where absent, and seen (B, M) bool -> (B, width)."""
+        raise NotImplementedError
+
+
+def hide(x: Tensor, seen: Tensor) -> Tensor:
+    """x (B, ...), seen (B,) or more leading axes of x: x, and zero where not seen.
+
+    where and not a product: what is not seen gets a gradient of exactly zero.
+    """
+    return torch.where(seen.view(*seen.shape, *[1] * (x.dim() - seen.dim())), x, x.new_zeros(()))
+
+
+def flags(seen: Tensor, like: Tensor) -> Tensor:
+    """Booleans as numbers of the type of `like`."""
+    return seen.to(like.dtype)

@@ -1,0 +1,76 @@
+"""Records as they are, for early fusion: fixed features with nothing to learn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedfuse.batch import Kind, Modality
+from fedfuse.models.encoders import as_plane, cosine_terms, cosines, summary_of_series
+from fedfuse.models.spec import ModelConfig
+from fedfuse.models.text import Words, bag_of_words
+
+__all__ = ["RawFeatures", "raw_width"]
+
+_STEPS = 16
+
+
+class RawFeatures(nn.Module):
+    """(B, *modality.shape) -> (B, width) without a learned layer (but for `learned_words`).
+
+    Images and sounds give their cosine terms (see `PlaneEncoder`), a series its summary and at
+    most 16 stretches of time, text its bag of words and word pairs, vectors and tables themselves.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, modality: Modality, config: ModelConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.kind = modality.kind
+        shape = modality.shape
+        match modality.kind:
+            case Kind.IMAGE | Kind.AUDIO:
+                terms = _terms(modality, config)
+                self.register_buffer("rows", cosines(shape[-2], terms), persistent=False)
+                self.register_buffer("columns", cosines(shape[-1], terms), persistent=False)
+            case Kind.TEXT:
+                self.words = Words(vocabulary, config.text_width, learned=config.learned_words)
+            case _:
+                pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *shape) -> (B, width)."""
+        match self.kind:
+            case Kind.IMAGE | Kind.AUDIO:
+                return cosine_terms(as_plane(x), self.rows, self.columns)
+            case Kind.SERIES:
+                steps = x.transpose(1, 2)
+                if steps.shape[2] > _STEPS:
+                    steps = F.adaptive_avg_pool1d(steps, _STEPS)
+                return torch.cat([summary_of_series(x), steps.flatten(1)], 1)
+            case Kind.TEXT:
+                return bag_of_words(*self.words(x))
+            case _:
+                return x
+
+
+def raw_width(modality: Modality, config: ModelConfig) -> int:
+    """The number of raw features of one record."""
+    shape = modality.shape
+    match modality.kind:
+        case Kind.IMAGE | Kind.AUDIO:
+            terms = _terms(modality, config)
+            channels = shape[0] if modality.kind is Kind.IMAGE else 1
+            return channels * min(terms, shape[-2]) * min(terms, shape[-1])
+        case Kind.SERIES:
+            return (3 + min(shape[0], _STEPS)) * shape[1]
+        case Kind.TEXT:
+            return 2 * config.text_width
+        case _:
+            return shape[0]
+
+
+def _terms(modality: Modality, config: ModelConfig) -> int:
+    return (config.image_terms if modality.kind is Kind.IMAGE else config.audio_terms) or 8

@@ -126,9 +126,8 @@ FAULTS = (
         line=3,
         name="absent-modality-not-masked",
         file="fedfuse/models/model.py",
-        old="tokens.append(torch.where(batch.present[name][:, None], token, "
-        "torch.zeros_like(token)))",
-        new="tokens.append(token)",
+        old="hide(norm(encoder(batch.inputs[name])), batch.present[name])",
+        new="norm(encoder(batch.inputs[name]))",
         tests=(
             f"{CLIPPING}test_absent_modality_contributes_zero_gradient",
             f"{CLIPPING}test_absent_modality_says_nothing_about_its_content",
@@ -550,8 +549,8 @@ FAULTS = (
         line=10,
         name="batch-mean-taken-off",
         file="fedfuse/models/model.py",
-        old="self.fusion(torch.stack(tokens, 1), seen)",
-        new="self.fusion(torch.stack(tokens, 1) - torch.stack(tokens, 1).mean(0), seen)",
+        old="        z = torch.stack(tokens, 1)\n",
+        new="        z = torch.stack(tokens, 1) - torch.stack(tokens, 1).mean(0)\n",
         tests=("tests/models/test_model.py::test_a_row_does_not_depend_on_its_neighbours",),
     ),
 )

@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS
 from tests.cli.stand_ins import Result
 
 Run = Callable[..., Result]
 
 
+@pytest.mark.slow
 def test_all_operators_and_encoders_are_listed(run: Run, tmp_path: Path) -> None:
     triples = tmp_path / "triples.tsv"
     triples.write_text("pump\thas\tvalve\n")

@@ -74,6 +74,7 @@ def epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
         ),
     ],
 )
+@pytest.mark.slow
 def test_the_quantity_that_is_left_out_is_found(plan: Plan, line: str, solved: str) -> None:
     found = as_tree(plan(f"{line} --json"))
     assert found["solved"] == solved

@@ -196,6 +196,7 @@ def test_another_share_than_asked_for_is_refused() -> None:
         expand(arrays, START, TEMPLATE, form="topk", keep=0.1)
 
 
+@pytest.mark.slow
 def test_training_still_learns_for_the_same_epsilon(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

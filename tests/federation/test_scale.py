@@ -41,7 +41,7 @@ write_crowd = of_benchmarks("crowd").write_crowd
 measure = of_benchmarks("measure").measure
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "median"])
+@pytest.mark.parametrize("strategy", ["fedavg", pytest.param("median", marks=pytest.mark.slow)])
 def test_one_worker_and_three_give_the_same_weights_and_epsilon(
     strategy: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_config: MakeConfig, tmp_pat
         np.testing.assert_array_equal(value, expected[name])
 
 
+@pytest.mark.slow
 def test_without_a_seed_a_round_broken_off_stays_spent(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

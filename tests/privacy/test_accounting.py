@@ -442,7 +442,13 @@ def test_nothing_run_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "q", "steps"), [(8.0, 0.25, 80), (1.0, 0.05, 300), (0.1, 0.5, 5), (20.0, 0.1, 40)]
+    ("epsilon", "q", "steps"),
+    [
+        (8.0, 0.25, 80),
+        (1.0, 0.05, 300),
+        (0.1, 0.5, 5),
+        pytest.param(20.0, 0.1, 40, marks=pytest.mark.slow),
+    ],
 )
 def test_calibrated_sigma_keeps_the_promise_and_no_more(
     epsilon: float, q: float, steps: int

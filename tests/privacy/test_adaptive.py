@@ -70,7 +70,13 @@ def test_the_count_is_paid_for_by_noise_on_the_sum(make_config: MakeConfig) -> N
 
 @pytest.mark.parametrize(
     ("unit", "first"),
-    [("record", 1e-6), ("record", 1e6), ("subject", 1e-6), ("node", 1e-6), ("node", 10.0)],
+    [
+        ("record", 1e-6),
+        ("node", 1e-6),
+        pytest.param("record", 1e6, marks=pytest.mark.slow),
+        pytest.param("subject", 1e-6, marks=pytest.mark.slow),
+        pytest.param("node", 10.0, marks=pytest.mark.slow),
+    ],
 )
 def test_c_moves_towards_the_quantile_in_a_run_and_is_in_the_books(
     make_config: MakeConfig,  # noqa: F811

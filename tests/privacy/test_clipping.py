@@ -112,6 +112,9 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
         assert float((f - e).norm()) <= 1e-5 * scale
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("fusion", ["concat", "co-attention", "early"])
 @pytest.mark.parametrize("text", TEXT_ENCODERS)
 @pytest.mark.parametrize("learned_words", [False, True])
@@ -126,7 +129,9 @@ def test_clipped_sum_equals_a_loop_over_records(
             assert_same(clipped_sum(model, batch, clip_norm, clipping=clipping), expected)
 
 
-@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize(
+    "absent", [name if name == "zero" else pytest.param(name, marks=SLOW) for name in ABSENT]
+)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_clipped_sum_equals_a_loop_in_every_fusion(fusion: str, absent: str) -> None:
     absent = "zero" if fusion == "early" else absent

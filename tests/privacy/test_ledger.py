@@ -673,6 +673,7 @@ def test_another_history_written_over_it_is_refused(ledger: Ledger, path: Path) 
 # ---- size
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_lines_are_read_and_checked(path: Path) -> None:
     """How long that takes is measured in benchmarks/ledger.py."""
     Ledger.create(path, node="clinic-a")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedfuse.config import RunConfig
+from fedfuse.data.dataset import Dataset
 from fedfuse.federation.flower import take_identity
 
 MakeConfig = Callable[..., RunConfig]
@@ -20,6 +21,20 @@ MakeConfig = Callable[..., RunConfig]
 def _identity() -> None:
     """Lets the test's own process make Flower messages."""
     take_identity()
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many records were read, batch by batch."""
+    read: list[int] = []
+    batch = Dataset.batch
+
+    def counting(self: Dataset, rows: Any) -> Any:
+        read.append(len(rows))
+        return batch(self, rows)
+
+    monkeypatch.setattr(Dataset, "batch", counting)
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -39,20 +39,6 @@ def clinic(config: RunConfig, tmp_path: Path) -> Clinic:
     return Clinic.open(tmp_path / "clinic", config)
 
 
-@pytest.fixture
-def unread(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many records were read, batch by batch."""
-    read: list[int] = []
-    batch = Dataset.batch
-
-    def counting(self: Dataset, rows: Any) -> Any:
-        read.append(len(rows))
-        return batch(self, rows)
-
-    monkeypatch.setattr(Dataset, "batch", counting)
-    return read
-
-
 def mechanism(clinic: Clinic, *, rounds: int = 3, sign: bool = True, **changes: Any) -> Any:
     """An honest request but for some fields of its mechanism."""
     honest = clinic.request()

@@ -50,20 +50,6 @@ def context() -> Context:
     return Context(1, 1, {"partition-id": 0}, RecordDict(), {})
 
 
-@pytest.fixture
-def unread(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many records were read, batch by batch."""
-    read: list[int] = []
-    batch = Dataset.batch
-
-    def counting(self: Dataset, rows: Any) -> Any:
-        read.append(len(rows))
-        return batch(self, rows)
-
-    monkeypatch.setattr(Dataset, "batch", counting)
-    return read
-
-
 def site(config: RunConfig, store: Path) -> Site:
     return Site(config=config, policy=Policy.of(config.privacy), store=store, index=0)
 

@@ -295,7 +295,6 @@ def test_a_signal_leaves_a_readable_folder_and_no_process(
     script.write_text(
         textwrap.dedent(
             f"""
-            import signal
             from pathlib import Path
             from fedfuse.config import RunConfig
             from fedfuse.federation.observer import Silent
@@ -306,8 +305,6 @@ def test_a_signal_leaves_a_readable_folder_and_no_process(
                     print(record.round, flush=True)
 
             if __name__ == "__main__":
-                # Where the suite runs in the background, its children ignore Ctrl-C.
-                signal.signal(signal.SIGINT, signal.default_int_handler)
                 config = RunConfig.from_toml(Path({str(config)!r}))
                 simulate(config, Path({str(tmp_path / "run")!r}), observer=Watch())
             """

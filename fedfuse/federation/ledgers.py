@@ -60,7 +60,7 @@ def ledger_name(node: str) -> str:
     """The name of the file with the ledger of `node`, without surprises in it.
 
     >>> ledger_name("ward 7/b")
-    'ward-7-b.7b9a0d.ledger'
+    'ward-7-b.d24ec1.ledger'
     """
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", node).strip("-")[:60]
     return f"{plain}.{hashlib.sha256(node.encode()).hexdigest()[:6]}.ledger"

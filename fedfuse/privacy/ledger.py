@@ -185,8 +185,7 @@ class Ledger:
         another `server`'s first, and where the ledger cannot be trusted or written. Nothing is
         spent then, except where only the anchor could not be written.
         """
-        for text, name in ((dataset, "dataset"), (run, "run"), (request, "request")):
-            _named(text, name)
+        work = _new_work(dataset, mechanism, run, server, node, round, request)
         with self._locked(writing=True):
             self._check_new(run, server, request)
             if dataset in self._tally.exposed:
@@ -196,17 +195,7 @@ class Ledger:
                     where=str(self.path),
                     hint="what is to be protected from now on needs other records",
                 )
-            line = self._chain.next_line(
-                Kind.RESERVED,
-                dataset=dataset,
-                mechanism=mechanism,
-                run=run,
-                server=server,
-                node=node,
-                round=round,
-                request=request,
-                key=self._key,
-            )
+            line = self._chain.next_line(Kind.RESERVED, **work, key=self._key)
             allow(self._tally.history(dataset))
             return self._append([line])[0]
 
@@ -218,21 +207,10 @@ class Ledger:
         No figure holds for that data set from then on, and `reserve` refuses it. Raises LedgerError
         as `reserve`.
         """
-        for text, name in ((dataset, "dataset"), (run, "run"), (request, "request")):
-            _named(text, name)
+        work = _new_work(dataset, None, run, server, node, round, request)
         with self._locked(writing=True):
             self._check_new(run, server, request)
-            line = self._chain.next_line(
-                Kind.EXPOSED,
-                dataset=dataset,
-                mechanism=None,
-                run=run,
-                server=server,
-                node=node,
-                round=round,
-                request=request,
-                key=self._key,
-            )
+            line = self._chain.next_line(Kind.EXPOSED, **work, key=self._key)
             return self._append([line])[0]
 
     def _check_new(self, run: str, server: str, request: str) -> None:
@@ -385,6 +363,29 @@ def _named(text: str, name: str) -> str:
     if not text:
         raise LedgerError(f"{name} must not be empty")
     return text
+
+
+def _new_work(
+    dataset: str,
+    mechanism: Mechanism | None,
+    run: str,
+    server: str,
+    node: str,
+    round: int,
+    request: str,
+) -> dict[str, Any]:
+    """What a new entry says of the work. Raises LedgerError where a name is empty."""
+    for text, name in ((dataset, "dataset"), (run, "run"), (request, "request")):
+        _named(text, name)
+    return {
+        "dataset": dataset,
+        "mechanism": mechanism,
+        "run": run,
+        "server": server,
+        "node": node,
+        "round": round,
+        "request": request,
+    }
 
 
 def _work(entry: Entry) -> dict[str, Any]:

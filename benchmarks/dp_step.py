@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
 from fedfuse.models.model import build_model
-from fedfuse.models.spec import ModelConfig
+from fedfuse.models.spec import EncoderConfig, ModelConfig
 from fedfuse.privacy.dpsgd import PrivateOptimizer, prepare, private_step
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.tasks import Task
@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[tuple[Modality, ...], ModelConfig]] = {
         (IMAGE, AUDIO, TEXT),
         ModelConfig(
             dim=64, head_width=128, image_width=16, audio_width=16, learned_words=True,
-            text_encoder="transformer", text_layers=2, fusion="attention",
+            encoder=EncoderConfig(text="transformer"), text_layers=2, fusion="attention",
         ),
     ),
     "table": ((TABLE,), ModelConfig(dim=256, head_width=512, vector_width=512)),

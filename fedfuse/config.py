@@ -20,9 +20,9 @@ from fedfuse.models.spec import (
     ABSENT,
     ATTENTIVE,
     CLASS_WEIGHTS,
+    ENCODERS,
     FUSIONS,
     LOSSES,
-    TEXT_ENCODERS,
     ModelConfig,
 )
 from fedfuse.privacy.spec import CLIPPINGS, PrivacyConfig, Unit
@@ -286,7 +286,10 @@ def _check(config: RunConfig) -> None:
     for key, text, allowed in (
         ("data.partition", data.partition, PARTITIONS),
         ("model.fusion", model.fusion, FUSIONS),
-        ("model.text_encoder", model.text_encoder, TEXT_ENCODERS),
+        *(
+            (f"model.encoder.{kind}", getattr(model.encoder, kind), names)
+            for kind, names in ENCODERS.items()
+        ),
         ("model.absent", model.absent, ABSENT),
         ("model.loss", model.loss, LOSSES),
         ("model.class_weights", model.class_weights, CLASS_WEIGHTS),
@@ -371,7 +374,7 @@ def _check(config: RunConfig) -> None:
         (
             "model.text_width",
             model.text_width,
-            model.text_heads if model.text_encoder == "transformer" else 1,
+            model.text_heads if model.encoder.text == "transformer" else 1,
         ),
     ):
         if width % heads:

@@ -143,15 +143,15 @@ def _fusions(config: RunConfig, schema: Schema, knowledge: Path | None) -> Itera
 
 
 def _encoders(config: RunConfig, schema: Schema) -> Iterator[Listed]:
-    from fedfuse.batch import Kind
     from fedfuse.models.cost import cost_of_encoder
     from fedfuse.models.encoders import build_encoder
-    from fedfuse.models.spec import TEXT_ENCODERS
+    from fedfuse.models.spec import ENCODERS
 
     for modality in schema.modalities:
-        text = modality.kind is Kind.TEXT
-        for name in TEXT_ENCODERS if text else (modality.kind.value,):
-            model = replace(config.model, text_encoder=name) if text else config.model
+        kind = modality.kind.value
+        for name in ENCODERS.get(kind, (kind,)):
+            choice = {kind: name} if kind in ENCODERS else {}
+            model = replace(config.model, encoder=replace(config.model.encoder, **choice))
             encoder = build_encoder(modality, model, config.data.vocabulary)
             cost = asdict(cost_of_encoder(encoder, modality))
             yield Listed(name=name, what=modality.name, paper=_paper(encoder.__doc__), **cost)

@@ -46,7 +46,7 @@ def build_encoder(
             return VectorEncoder(shape[0], config.vector_width, config.dim)
         case Kind.TEXT:
             words = Words(vocabulary, config.text_width, learned=config.learned_words)
-            match config.text_encoder:
+            match config.encoder.text:
                 case "transformer":
                     return TextTransformer(words, config, sequence=sequence)
                 case "gru":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = [
-    "ABSENT", "ATTENTIVE", "CLASS_WEIGHTS", "FUSIONS", "LOSSES", "TEXT_ENCODERS", "ModelConfig",
+    "ABSENT", "ATTENTIVE", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "EncoderConfig",
+    "ModelConfig",
 ]  # fmt: skip
 
 FUSIONS = (
@@ -18,7 +19,23 @@ ATTENTIVE = ("attention", "cross-attention", "co-attention", "bottleneck")
 ABSENT = ("zero", "learned")
 LOSSES = ("auto", "cross-entropy", "focal", "mse", "mae", "huber")
 CLASS_WEIGHTS = ("none", "priors")
-TEXT_ENCODERS = ("bag", "transformer", "gru")
+ENCODERS = {
+    "image": ("cnn",),
+    "audio": ("cnn",),
+    "series": ("cnn",),
+    "text": ("bag", "transformer", "gru"),
+}
+"""The encoders of each kind of modality that has a choice, or may have; the first one is taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """Which encoder each kind of modality has: one of its ENCODERS."""
+
+    image: str = "cnn"
+    audio: str = "cnn"
+    series: str = "cnn"
+    text: str = "bag"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +68,8 @@ class ModelConfig:
     head_width: int = 32
     """Hidden units of the head; 0 makes it linear."""
 
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
     image_width: int = 8
     """Channels of the first image convolution; each further layer doubles them."""
     image_depth: int = 3
@@ -69,8 +88,6 @@ class ModelConfig:
     """Convolutions of the series encoder."""
     vector_width: int = 32
     """Hidden units of the encoder of vectors and tables."""
-    text_encoder: str = "bag"
-    """One of TEXT_ENCODERS."""
     text_width: int = 64
     """Width of a word's vector."""
     text_layers: int = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedfuse.models.spec import FUSIONS, TEXT_ENCODERS
+from fedfuse.models.spec import ENCODERS, FUSIONS
 from tests.cli.stand_ins import Result
 
 Run = Callable[..., Result]
@@ -28,7 +28,7 @@ def test_all_operators_and_encoders_are_listed(run: Run, tmp_path: Path) -> None
     assert fusions["early"]["what"] == "early"
     assert fusions["cross-attention"]["flops"] > fusions["concat"]["flops"]
     names = [each["name"] for each in tree["encoders"]]
-    assert names == ["image", "audio", *TEXT_ENCODERS]
+    assert names == ["cnn", "cnn", *ENCODERS["text"]]
 
 
 def test_shapes_come_from_a_manifest_and_widths_from_settings(run: Run, tmp_path: Path) -> None:

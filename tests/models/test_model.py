@@ -16,7 +16,7 @@ from fedfuse.errors import DataError
 from fedfuse.models.encoders import cosines
 from fedfuse.models.knowledge import Graph
 from fedfuse.models.model import build_model, count_parameters
-from fedfuse.models.spec import ABSENT, FUSIONS, TEXT_ENCODERS, ModelConfig
+from fedfuse.models.spec import ABSENT, ENCODERS, FUSIONS, EncoderConfig, ModelConfig
 
 KINDS = {
     "image": (Kind.IMAGE, (1, 12, 12)),
@@ -68,7 +68,7 @@ def test_every_kind_is_encoded_in_every_fusion(fusion: str, absent: str) -> None
 @settings(max_examples=20, deadline=None)
 @given(
     fusion=st.sampled_from(FUSIONS),
-    text=st.sampled_from(TEXT_ENCODERS),
+    text=st.sampled_from(ENCODERS["text"]),
     seed=st.integers(0, 10_000),
     row=st.integers(0, 4),
 )
@@ -76,7 +76,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
     fusion: str, text: str, seed: int, row: int
 ) -> None:
     schema = schema_of("image", "audio", "text", "table")
-    config = ModelConfig(fusion=fusion, text_encoder=text)
+    config = ModelConfig(fusion=fusion, encoder=EncoderConfig(text=text))
     model = build_model(schema, config, vocabulary=50, graph=GRAPH)
     model.train()
     batch = random_batch(schema, 5, seed)
@@ -93,8 +93,8 @@ def test_record_with_no_modality_gives_a_finite_output(fusion: str) -> None:
 
 def test_text_without_words_gives_a_finite_output() -> None:
     schema = schema_of("text")
-    for encoder in TEXT_ENCODERS:
-        model = build_model(schema, ModelConfig(text_encoder=encoder), vocabulary=50)
+    for encoder in ENCODERS["text"]:
+        model = build_model(schema, ModelConfig(encoder=EncoderConfig(text=encoder)), vocabulary=50)
         batch = Batch(
             {"text": torch.zeros(2, 6, dtype=torch.int64)},
             {"text": torch.ones(2, dtype=torch.bool)},

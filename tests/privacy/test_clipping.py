@@ -13,7 +13,7 @@ from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
 from fedfuse.errors import ModelError
 from fedfuse.models.knowledge import Graph
 from fedfuse.models.model import FusionModel, build_model
-from fedfuse.models.spec import ABSENT, FUSIONS, TEXT_ENCODERS, ModelConfig
+from fedfuse.models.spec import ABSENT, ENCODERS, FUSIONS, EncoderConfig, ModelConfig
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.dpsgd import (
     PrivateOptimizer,
@@ -116,12 +116,12 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("fusion", ["concat", "co-attention", "early"])
-@pytest.mark.parametrize("text", TEXT_ENCODERS)
+@pytest.mark.parametrize("text", ENCODERS["text"])
 @pytest.mark.parametrize("learned_words", [False, True])
 def test_clipped_sum_equals_a_loop_over_records(
     fusion: str, text: str, learned_words: bool
 ) -> None:
-    model = model_with(fusion=fusion, text_encoder=text, learned_words=learned_words)
+    model = model_with(fusion=fusion, encoder=EncoderConfig(text=text), learned_words=learned_words)
     batch = batch_of(6, seed=3)
     for clip_norm in (0.05, 100.0):
         expected = oracle(model, batch, clip_norm)
@@ -150,7 +150,7 @@ def test_clipped_sum_equals_a_loop_in_every_fusion(fusion: str, absent: str) -> 
     fusion=st.sampled_from(FUSIONS),
     clipping=st.sampled_from(CLIPPINGS),
     absent=st.sampled_from(ABSENT),
-    text=st.sampled_from(TEXT_ENCODERS),
+    text=st.sampled_from(ENCODERS["text"]),
 )
 def test_clipped_sum_holds_for_any_size_mask_and_split(
     size: int,
@@ -163,7 +163,7 @@ def test_clipped_sum_holds_for_any_size_mask_and_split(
     text: str,
 ) -> None:
     absent = "zero" if fusion == "early" else absent
-    model = model_with(fusion=fusion, absent=absent, text_encoder=text)
+    model = model_with(fusion=fusion, absent=absent, encoder=EncoderConfig(text=text))
     batch = batch_of(size, seed, present)
     found = clipped_sum(model, batch, 0.3, physical, clipping)
     assert_same(found, oracle(model, batch, 0.3))
@@ -171,8 +171,10 @@ def test_clipped_sum_holds_for_any_size_mask_and_split(
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_empty_batch_gives_a_zero_sum(fusion: str) -> None:
-    for text in TEXT_ENCODERS:
-        found = clipped_sum(model_with(fusion=fusion, text_encoder=text), batch_of(0, 0), 1.0)
+    for text in ENCODERS["text"]:
+        found = clipped_sum(
+            model_with(fusion=fusion, encoder=EncoderConfig(text=text)), batch_of(0, 0), 1.0
+        )
         assert all(float(g.abs().max()) < 1e-12 for g in found)
 
 

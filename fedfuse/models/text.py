@@ -79,4 +79,5 @@ class TextSteps(Encoder):
     def features(self, x: Tensor) -> Features:
         """(B, L) -> the text as one vector (B, W), and its words (B, L, W)."""
         vectors, seen = self.words(x)
-        return Features(*self.steps(vectors, seen), seen)
+        whole, parts = self.steps(vectors, seen)
+        return Features(whole, parts, seen)

@@ -18,7 +18,6 @@ from fedfuse.data.spec import PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
 from fedfuse.models.spec import (
     ABSENT,
-    ATTENTIVE,
     CLASS_WEIGHTS,
     ENCODERS,
     FUSIONS,
@@ -369,16 +368,11 @@ def _check(config: RunConfig) -> None:
     ):
         if not low <= number <= high:
             raise ConfigError(f"{key} = {number}, but it must be from {low:g} to {high:g}")
-    for key, width, heads in (
-        ("model.dim", model.dim, model.fusion_heads if model.fusion in ATTENTIVE else 1),
-        (
-            "model.text_width",
-            model.text_width,
-            model.text_heads if model.encoder.text == "transformer" else 1,
-        ),
-    ):
-        if width % heads:
-            raise ConfigError(f"{key} = {width}, but it must be a multiple of its {heads} heads")
+    if model.encoder.text == "transformer" and model.text_width % model.text_heads:
+        raise ConfigError(
+            f"model.text_width = {model.text_width}, but it must be a multiple of its "
+            f"{model.text_heads} heads"
+        )
     if (model.fusion == "graph") != bool(model.knowledge):
         raise ConfigError(
             f"model.fusion = {model.fusion!r}, but model.knowledge = {model.knowledge!r}",

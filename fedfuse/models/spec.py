@@ -5,17 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 __all__ = [
-    "ABSENT", "ATTENTIVE", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "EncoderConfig",
-    "ModelConfig",
+    "ABSENT", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "EncoderConfig", "ModelConfig",
 ]  # fmt: skip
 
-FUSIONS = (
-    "concat", "sum", "gated", "mlp", "multiplicative", "tensor", "low-rank", "film", "attention",
-    "cross-attention", "co-attention", "bottleneck", "experts", "graph", "late", "early",
-)  # fmt: skip
-"""The names alone, for whoever needs no torch; the operators are in `fusion.OPERATORS`."""
-ATTENTIVE = ("attention", "cross-attention", "co-attention", "bottleneck")
-"""Those with attention heads, which divide the width of a token."""
+FUSIONS = {
+    "concat": "concat.ConcatFusion",
+    "sum": "weighted.SumFusion",
+    "gated": "weighted.GatedFusion",
+    "mlp": "concat.MlpFusion",
+    "multiplicative": "tensor.MultiplicativeFusion",
+    "tensor": "tensor.TensorFusion",
+    "low-rank": "tensor.LowRankFusion",
+    "film": "film.FilmFusion",
+    "attention": "attention.AttentionFusion",
+    "cross-attention": "crossmodal.CrossAttentionFusion",
+    "co-attention": "crossmodal.CoAttentionFusion",
+    "bottleneck": "bottleneck.BottleneckFusion",
+    "experts": "late.ExpertsFusion",
+    "graph": "graph.GraphFusion",
+    "late": "late.LateFusion",
+    "early": "concat.RawFusion",
+}
+"""Each fusion operator: its file under `fedfuse/models/fusion/` and its class there, imported where
+a model is built. Whoever reads a configuration needs the names alone, and no torch."""
 ABSENT = ("zero", "learned")
 LOSSES = ("auto", "cross-entropy", "focal", "mse", "mae", "huber")
 CLASS_WEIGHTS = ("none", "priors")
@@ -49,7 +61,7 @@ class ModelConfig:
     fusion_layers: int = 1
     """Layers of the operators that have layers."""
     fusion_heads: int = 4
-    """Attention heads of ATTENTIVE operators; divides dim."""
+    """Attention heads of the operators that have them; divides dim."""
     fusion_width: int = 0
     """What mlp, multiplicative, low-rank and early give. 0: as wide as dim."""
     fusion_rank: int = 8

@@ -323,6 +323,10 @@ def _check(config: RunConfig) -> None:
         ("model.fusion_rank", model.fusion_rank, 1, 1024),
         ("model.fusion_tokens", model.fusion_tokens, 1, 1024),
         ("model.modality_dropout", model.modality_dropout, 0, 0.95),
+        *(
+            (f"model.auxiliary.{name}", weight, 0, 1e3)
+            for name, weight in asdict(model.auxiliary).items()
+        ),
         ("model.focal_gamma", model.focal_gamma, 0, 16),
         ("model.head_width", model.head_width, 0, 65536),
         ("model.image_width", model.image_width, 1, 4096),
@@ -388,6 +392,19 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(
             f'model.absent = {model.absent!r}, but model.fusion = "early" has no tokens',
             hint='set model.absent = "zero"',
+        )
+    if model.fusion == "early" and model.auxiliary.any:
+        raise ConfigError(
+            'model.auxiliary is about tokens, but model.fusion = "early" has none',
+            hint="take another operator, or leave the section out",
+        )
+    if config.private and model.auxiliary.couples:
+        name = "contrast" if model.auxiliary.contrast else "correlation"
+        raise ConfigError(
+            f"model.auxiliary.{name} couples the records of a batch: one record's gradient depends "
+            "on others, so clipping it bounds nothing",
+            hint="take model.auxiliary.anchors or alignment, which look at one record alone; or "
+            'privacy.unit = "none" and no promise',
         )
     if config.private and federation.weighting == "examples":
         raise ConfigError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 __all__ = [
-    "ABSENT", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "EncoderConfig", "ModelConfig",
+    "ABSENT", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "AuxiliaryConfig", "EncoderConfig",
+    "ModelConfig",
 ]  # fmt: skip
 
 FUSIONS = {
@@ -51,6 +52,35 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuxiliaryConfig:
+    """Weights of losses beside the fused one, in training alone; 0 is without. `auxiliary.py` says
+    what each is, and what it does to the guarantee."""
+
+    unimodal: float = 0.0
+    """Each modality's own head, of those that are there."""
+    reconstruction: float = 0.0
+    """Each modality's token from those of the others."""
+    alignment: float = 0.0
+    """A record's tokens near each other."""
+    anchors: float = 0.0
+    """Each token near the public anchor of its class."""
+    contrast: float = 0.0
+    """In-batch contrast: couples records, so for unit "none" alone."""
+    correlation: float = 0.0
+    """Canonical correlation over the batch: likewise."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is any."""
+        return any(getattr(self, name) for name in self.__dataclass_fields__)
+
+    @property
+    def couples(self) -> bool:
+        """Whether a record's gradient depends on other records."""
+        return bool(self.contrast or self.correlation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Widths and depths of the encoders, the fusion and the head."""
 
@@ -81,6 +111,7 @@ class ModelConfig:
     """Hidden units of the head; 0 makes it linear."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
 
     image_width: int = 8
     """Channels of the first image convolution; each further layer doubles them."""

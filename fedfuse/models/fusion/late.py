@@ -36,8 +36,11 @@ class LateFusion(TokenFusion):
 
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, C)."""
-        said = torch.stack([head(z[:, m]) for m, head in enumerate(self.heads)], 1)
-        return hide(said, seen).sum(1)
+        return hide(self.said(z), seen).sum(1)
+
+    def said(self, z: Tensor) -> Tensor:
+        """(B, M, C): what each modality's head says, also of one that is absent."""
+        return torch.stack([head(z[:, m]) for m, head in enumerate(self.heads)], 1)
 
 
 class ExpertsFusion(TokenFusion):

@@ -18,7 +18,6 @@ from fedfuse.data.spec import AUDIO_FEATURES, PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
 from fedfuse.models.spec import (
     ABSENT,
-    ATTENTIVE,
     CLASS_WEIGHTS,
     ENCODERS,
     FUSIONS,
@@ -328,6 +327,10 @@ def _check(config: RunConfig) -> None:
         ("model.fusion_rank", model.fusion_rank, 1, 1024),
         ("model.fusion_tokens", model.fusion_tokens, 1, 1024),
         ("model.modality_dropout", model.modality_dropout, 0, 0.95),
+        *(
+            (f"model.auxiliary.{name}", weight, 0, 1e3)
+            for name, weight in asdict(model.auxiliary).items()
+        ),
         ("model.focal_gamma", model.focal_gamma, 0, 16),
         ("model.head_width", model.head_width, 0, 65536),
         ("model.image_width", model.image_width, 1, 4096),
@@ -379,14 +382,13 @@ def _check(config: RunConfig) -> None:
     ):
         if not low <= number <= high:
             raise ConfigError(f"{key} = {number}, but it must be from {low:g} to {high:g}")
-    chosen = (model.encoder.audio, model.encoder.video, model.encoder.series)
-    attends = "transformer" in chosen
+    encoder = model.encoder
+    attends = "transformer" in (encoder.audio, encoder.video, encoder.series)
     for key, width, heads in (
-        ("model.dim", model.dim, model.fusion_heads if model.fusion in ATTENTIVE else 1),
         (
             "model.text_width",
             model.text_width,
-            model.text_heads if model.encoder.text == "transformer" else 1,
+            model.text_heads if encoder.text == "transformer" else 1,
         ),
         ("model.steps_width", model.steps_width, model.steps_heads if attends else 1),
     ):
@@ -407,6 +409,19 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(
             f'model.absent = {model.absent!r}, but model.fusion = "early" has no tokens',
             hint='set model.absent = "zero"',
+        )
+    if model.fusion == "early" and model.auxiliary.any:
+        raise ConfigError(
+            'model.auxiliary is about tokens, but model.fusion = "early" has none',
+            hint="take another operator, or leave the section out",
+        )
+    if config.private and model.auxiliary.couples:
+        name = "contrast" if model.auxiliary.contrast else "correlation"
+        raise ConfigError(
+            f"model.auxiliary.{name} couples the records of a batch: one record's gradient depends "
+            "on others, so clipping it bounds nothing",
+            hint="take model.auxiliary.anchors or alignment, which look at one record alone; or "
+            'privacy.unit = "none" and no promise',
         )
     if config.private and federation.weighting == "examples":
         raise ConfigError(

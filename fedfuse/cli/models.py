@@ -141,12 +141,12 @@ def _others(config: RunConfig, data: Path | None) -> tuple[Modality, ...]:
 
 def _fusions(config: RunConfig, schema: Schema, knowledge: Path | None) -> Iterator[Listed]:
     from fedfuse.models.cost import cost_of
-    from fedfuse.models.fusion import OPERATORS
     from fedfuse.models.knowledge import read_graph
     from fedfuse.models.model import build_model
+    from fedfuse.models.spec import FUSIONS
 
     graph = read_graph(knowledge) if knowledge else None
-    for name in OPERATORS:
+    for name in FUSIONS:
         model = replace(
             config.model, fusion=name, absent="zero" if name == "early" else config.model.absent
         )

@@ -22,7 +22,7 @@ def test_all_operators_and_encoders_are_listed(run: Run, tmp_path: Path) -> None
     tree = json.loads(result.out)
     assert result.code == 0
     fusions = {each["name"]: each for each in tree["fusions"]}
-    assert tuple(fusions) == FUSIONS
+    assert tuple(fusions) == tuple(FUSIONS)
     assert all(each["parameters"] > 0 and each["flops"] > 0 for each in fusions.values())
     assert all(each["paper"] for each in fusions.values())
     assert fusions["early"]["what"] == "early"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.batch import Kind, TargetKind
+from fedfuse.data.table import TableColumn
 from fedfuse.errors import DataError
 
 __all__ = ["Declaration", "DeclaredModality", "find_declaration", "read_declaration"]
@@ -58,6 +59,8 @@ class DeclaredModality:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     columns: tuple[str, ...] = ()
+    inner: tuple[TableColumn, ...] = ()
+    """Of a table: what is said of single columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,9 +247,14 @@ def _modality(name: str, said: Any, path: Path) -> DeclaredModality:
     size = said.get("image_size", said.get("size", told.image_size))
     mean, std = _mean_std(said, path, name)
     columns = said.get("columns", ())
+    facts = columns if isinstance(columns, Mapping) else {}
+    if "categories" in said:
+        facts = {**facts, name: {"categories": said["categories"]}}
     try:
         shape = tuple(int(n) for n in shape)
         kind = told.kind
+        if kind is None and facts:
+            kind = Kind.TABLE
         if kind is None and len(shape) in (1, 2) and "sample_rate" not in said:
             kind = Kind.VECTOR if len(shape) == 1 else Kind.SERIES
         return DeclaredModality(
@@ -260,6 +268,7 @@ def _modality(name: str, said: Any, path: Path) -> DeclaredModality:
             mean=mean,
             std=std,
             columns=tuple(str(column) for column in columns),
+            inner=tuple(_column(str(column), about, path) for column, about in facts.items()),
         )
     except (TypeError, ValueError):
         raise DataError(
@@ -267,6 +276,29 @@ def _modality(name: str, said: Any, path: Path) -> DeclaredModality:
             where=str(path),
             hint='for example {kind = "vector", shape = [12], range = [0, 1]}',
         ) from None
+
+
+def _column(name: str, said: Any, path: Path) -> TableColumn:
+    """A column of a table: `{range = [0, 120]}`, `{mean = 60, std = 20}` or `{categories = [...]}`.
+
+    Raises DataError, also where it says nothing that can be used.
+    """
+    facts = said if isinstance(said, Mapping) else {}
+    categories = facts.get("categories", ())
+    mean, std = _mean_std(facts, path, name)
+    named = isinstance(categories, list | tuple)
+    if not named or len(set(map(str, categories))) != len(categories) or len(mean) > 1:
+        raise DataError(
+            f"column {name} cannot be understood",
+            where=str(path),
+            hint='for example {range = [0, 120]} or {categories = ["a", "b"]}',
+        )
+    return TableColumn(
+        name=name,
+        categories=tuple(map(str, categories)),
+        mean=mean[0] if mean else 0.0,
+        std=std[0] if std else 0.0,
+    )
 
 
 _IMAGE_FILE = re.compile(r"\b(png|jpe?g|bmp|gif|tiff?|webp)\b")

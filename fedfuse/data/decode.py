@@ -19,7 +19,7 @@ from fedfuse.data.manifest import SPLITS, Row
 from fedfuse.data.media import looks_like_path, media_path, quiet
 from fedfuse.data.problem import Problem
 from fedfuse.data.series import SeriesSpec, fit_series
-from fedfuse.data.table import TableSpec, fit_table, read_cells
+from fedfuse.data.table import TableSpec, fit_table, read_cells, unknown_in
 from fedfuse.data.target import label_value
 from fedfuse.data.text import TextSpec, token_ids
 from fedfuse.data.vector import VectorSpec, fit_vector
@@ -202,7 +202,7 @@ def _read(root: Path, source: Source, spec: Spec, key: _Key) -> _Read:
         case TextSpec():
             return _Read(token_ids(_text(root, cell), spec))
         case TableSpec(columns=columns) if columns:
-            return _Read(read_cells(key, spec))
+            return _Read(read_cells(key, spec), unknown_in(key, spec))
         case TableSpec():
             return _Read(fit_table(array_of(root, cell), spec))
         case VectorSpec():

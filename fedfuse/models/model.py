@@ -18,6 +18,7 @@ from fedfuse.models.fusion.late import LateFusion
 from fedfuse.models.fusion.operator import hide
 from fedfuse.models.knowledge import Graph, read_graph
 from fedfuse.models.raw import RawFeatures, raw_width
+from fedfuse.models.shifts import shifts_of
 from fedfuse.models.spec import ModelConfig
 
 __all__ = ["FusionModel", "build_model", "count_parameters"]
@@ -32,6 +33,7 @@ class FusionModel(nn.Module):
         super().__init__()
         self.names = schema.names
         self.modality_dropout = config.modality_dropout
+        self.shifts = shifts_of(schema, config)
         outputs = schema.target.outputs
         fusion = build_fusion(
             Place(

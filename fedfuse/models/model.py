@@ -87,8 +87,9 @@ class FusionModel(nn.Module):
             return outputs
         if isinstance(self.fusion, SequenceFusion):
             z = torch.stack([each[:, 0] for each in tokens], 1)
-        told = isinstance(self.fusion, LateFusion) and self.auxiliary.config.unimodal
-        own = self.fusion.said(z) if told else None
+        own = None
+        if isinstance(self.fusion, LateFusion) and self.auxiliary.config.unimodal:
+            own = self.fusion.said(z)
         return torch.cat([outputs, self.auxiliary(z, seen, own)], 1)
 
     def part_of(self, parameter: str) -> str:

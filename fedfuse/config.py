@@ -62,6 +62,9 @@ class TrainConfig:
     """0: 0.5 where the run is private (a step's sum is clipped and divided by a public size),
     else 0.05; a tenth of that with adam."""
     momentum: float = 0.9
+    weight_decay: float = 0.0
+    """Added to each gradient times the weight; with adam it shrinks weights beside the step
+    (AdamW). It looks at no record."""
     schedule: str = "cosine"
     """How the learning rate goes over the rounds: one of SCHEDULES."""
     physical_batch: int = 256
@@ -327,6 +330,8 @@ def _check(config: RunConfig) -> None:
         ("model.fusion_rank", model.fusion_rank, 1, 1024),
         ("model.fusion_tokens", model.fusion_tokens, 1, 1024),
         ("model.modality_dropout", model.modality_dropout, 0, 0.95),
+        ("model.time_shift", model.time_shift, 0, 0.5),
+        ("model.image_shift", model.image_shift, 0, 0.5),
         *(
             (f"model.auxiliary.{name}", weight, 0, 1e3)
             for name, weight in asdict(model.auxiliary).items()
@@ -356,6 +361,7 @@ def _check(config: RunConfig) -> None:
         ("train.batch_size", train.batch_size, 1, 1_000_000),
         ("train.learning_rate", train.learning_rate, 0, 1e6),
         ("train.momentum", train.momentum, 0, 0.9999),
+        ("train.weight_decay", train.weight_decay, 0, 1),
         ("train.physical_batch", train.physical_batch, 1, 1_000_000),
         ("privacy.epsilon", privacy.epsilon, 1e-3, 1e3),
         ("privacy.delta", privacy.delta, 1e-30, 0.1),

@@ -109,6 +109,11 @@ class ModelConfig:
     trained token in its place."""
     modality_dropout: float = 0.0
     """Chance that a modality of a record is left out of a training step, never all of a record."""
+    time_shift: float = 0.0
+    """The most by which a sound or series is moved in time in a training step, either way, as a
+    share of its length."""
+    image_shift: float = 0.0
+    """The same of an image or video, along both of its sides."""
     head_width: int = 32
     """Hidden units of the head; 0 makes it linear."""
 

@@ -20,7 +20,7 @@ class Kind(StrEnum):
     """(C, H, W) float32 in [0, 1]."""
     AUDIO = "audio"
     """(n_mels, frames) float32 log-mel spectrogram: each record to mean 0 and deviation 1 by its
-    own frames, 0 after its end."""
+    own frames, 0 after its end. For pretrained encoders (samples,) float32, the waveform."""
     TEXT = "text"
     """(L,) int64 token ids, 0 is padding."""
     SERIES = "series"

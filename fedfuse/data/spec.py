@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PARTITIONS", "DataConfig"]
+__all__ = ["AUDIO_FEATURES", "PARTITIONS", "DataConfig"]
 
 PARTITIONS = ("client", "iid", "dirichlet", "quantity", "modality")
+AUDIO_FEATURES = ("mel", "wave")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,9 @@ class DataConfig:
     """Audio is resampled to this many samples a second."""
     audio_seconds: float = 0.0
     """Audio is cut or zero-padded to this length in seconds."""
+    audio_features: str = "mel"
+    """What of a sound goes to the model: its log-mel spectrogram, or for pretrained encoders
+    "wave", the samples themselves."""
     mel_bands: int = 40
     """Mel bands of the log-mel spectrogram."""
     mel_frames: int = 0

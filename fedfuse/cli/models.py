@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -173,7 +173,7 @@ def _encoders(config: RunConfig, modalities: Sequence[Modality]) -> Iterator[Lis
     for modality in modalities:
         kind = modality.kind.value
         for name in ENCODERS.get(kind, (kind,)):
-            choice = {kind: name} if kind in ENCODERS else {}
+            choice: dict[str, Any] = {kind: name} if kind in ENCODERS else {}
             model = replace(config.model, encoder=replace(config.model.encoder, **choice))
             encoder = build_encoder(modality, model, config.data.vocabulary)
             cost = asdict(cost_of_encoder(encoder, modality))

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedfuse.data.media import read_bytes
-from fedfuse.data.torchaudio_compat import load_torchaudio
 from fedfuse.errors import DataError
+from fedfuse.torchaudio_compat import load_torchaudio
 
-__all__ = ["SUFFIXES", "AudioSpec", "audio_facts", "log_mel", "read_waveform"]
+__all__ = ["SUFFIXES", "AudioSpec", "audio_facts", "log_mel", "padded_waves", "read_waveform"]
 
 SUFFIXES = frozenset({".wav", ".wave", ".flac", ".ogg", ".mp3", ".aiff", ".aif"})
 WINDOW_S = 0.032
@@ -36,10 +36,14 @@ class AudioSpec:
     bands: int
     frames: int
     coefficients: int = 0
+    features: str = "mel"
+    """As data.audio_features."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(bands or coefficients, frames)."""
+    def shape(self) -> tuple[int, ...]:
+        """(bands, frames), (coefficients, frames), or (samples,)."""
+        if self.features == "wave":
+            return (self.samples,)
         return self.coefficients or self.bands, self.frames
 
     @property
@@ -68,6 +72,14 @@ def read_waveform(path: Path, spec: AudioSpec) -> tuple[NDArray[np.float32], int
     return mono[: spec.samples], rate
 
 
+def padded_waves(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np.float32]:
+    """B waveforms of up to spec.samples to (B, samples), 0 after each one's end."""
+    padded = np.zeros((len(waves), spec.samples), dtype=np.float32)
+    for row, wave in enumerate(waves):
+        padded[row, : len(wave)] = wave
+    return padded
+
+
 def log_mel(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np.float32]:
     """B waveforms of up to spec.samples to (B, *spec.shape): the log10 mel power spectrum.
 
@@ -80,10 +92,9 @@ def log_mel(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np
     """
     if not len(waves):
         return np.zeros((0, *spec.shape), dtype=np.float32)
-    padded = np.zeros((len(waves), spec.samples), dtype=np.float32)
+    padded = padded_waves(waves, spec)
     heard = np.zeros((len(waves), 1, spec.frames), dtype=np.float32)
     for row, wave in enumerate(waves):
-        padded[row, : len(wave)] = wave
         heard[row, 0, : max(1, math.ceil(len(wave) / spec.hop))] = 1
     with torch.no_grad():
         power = _mel(spec)(torch.from_numpy(padded))[..., : spec.frames]

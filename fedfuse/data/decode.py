@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfuse.batch import TargetKind
-from fedfuse.data.audio import AudioSpec, log_mel, read_waveform
+from fedfuse.data.audio import AudioSpec, log_mel, padded_waves, read_waveform
 from fedfuse.data.columns import Source, undeclared
 from fedfuse.data.image import ImageSpec, read_image
 from fedfuse.data.layout import Layout, Spec, array_of
@@ -229,7 +229,8 @@ def _text(root: Path, cell: str) -> str:
 def _finish(values: list[NDArray[np.generic]], spec: Spec) -> NDArray[np.generic]:
     """The values of a chunk, stacked; waveforms become spectrograms together."""
     if isinstance(spec, AudioSpec):
-        return log_mel([np.asarray(wave, dtype=np.float32) for wave in values], spec)
+        waves = [np.asarray(wave, dtype=np.float32) for wave in values]
+        return padded_waves(waves, spec) if spec.features == "wave" else log_mel(waves, spec)
     shape = (spec.width,) if isinstance(spec, TableSpec) else spec.shape
     kind = (
         "u1"

@@ -211,6 +211,7 @@ def _audio(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) 
         bands=config.mel_bands,
         frames=frames,
         coefficients=config.mfcc if config.audio_features == "mfcc" else 0,
+        features=config.audio_features,
     )
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 __all__ = ["AUDIO_FEATURES", "PARTITIONS", "DataConfig"]
 
-AUDIO_FEATURES = ("mel", "mfcc")
 PARTITIONS = ("client", "iid", "dirichlet", "quantity", "modality")
+AUDIO_FEATURES = ("mel", "mfcc", "wave")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,8 @@ class DataConfig:
     audio_seconds: float = 0.0
     """Audio is cut or zero-padded to this length in seconds."""
     audio_features: str = "mel"
-    """What becomes of a sound: one of AUDIO_FEATURES."""
+    """What becomes of a sound, one of AUDIO_FEATURES: its log-mel spectrogram, its mel cepstrum, or
+    for pretrained encoders "wave", the samples themselves."""
     mfcc: int = 20
     """Cepstral coefficients of a spectrum, where audio_features is "mfcc"."""
     mel_bands: int = 40

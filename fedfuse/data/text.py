@@ -9,6 +9,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,18 @@ def token_ids(text: str, spec: TextSpec) -> NDArray[np.int32]:
 
 @lru_cache(maxsize=4)
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer in a folder, or of a hub id. Raises DataError where it cannot be loaded.
+    """The tokenizer in a folder, or of a hub id, or of ID@REVISION. Raises DataError where there is
+    none.
 
     Code that comes with a tokenizer is never run.
     """
     from transformers import AutoTokenizer
 
+    whole, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            whole, revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"tokenizer {name!r} cannot be loaded ({type(error).__name__})",

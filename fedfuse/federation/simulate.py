@@ -26,6 +26,7 @@ from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.ledgers import check_ledgers, open_ledgers
 from fedfuse.federation.loopback import LoopbackGrid, worker_count
 from fedfuse.federation.observer import Observer, RunInfo
+from fedfuse.federation.pinning import pin
 from fedfuse.federation.rounds import expected_batch
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
@@ -63,6 +64,7 @@ def simulate(
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
     """
+    config = pin(config)
     RunFolder.check(out, config, resume=resume)
     if ledgers is not None:
         check_ledgers(ledgers, config)
@@ -106,6 +108,7 @@ def simulate(
             if resume:
                 notes += session.resume()
             notes += _hopeless(session)
+            session.featured(open_split(store, "train"))  # once here, not in each worker
             observer.prepared(_info(session, assumptions, notes))
             status, problem = "finished", ""
             try:

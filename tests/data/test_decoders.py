@@ -18,9 +18,9 @@ from fedfuse.data.media import media_path, read_array
 from fedfuse.data.series import SeriesSpec, fit_series
 from fedfuse.data.table import TableColumn, TableSpec, fit_table, read_cells, unknown_in, with_flags
 from fedfuse.data.text import TextSpec, load_tokenizer, token_ids
-from fedfuse.data.torchaudio_compat import load_torchaudio
 from fedfuse.data.vector import VectorSpec, fit_vector
 from fedfuse.errors import DataError
+from fedfuse.torchaudio_compat import load_torchaudio
 
 GRAY8 = ImageSpec(size=8, channels=1)
 SOUND = AudioSpec(rate=8000, seconds=0.5, bands=40, frames=32)

@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from fedfuse.batch import Kind
-from fedfuse.data import audio, image, video
 from fedfuse.data.declaration import DeclaredModality
 from fedfuse.data.inline import BLANKS, number, numbers
+from fedfuse.data.kinds import KINDS, kind_of_suffixes
 from fedfuse.data.manifest import RESERVED, Manifest
 from fedfuse.data.media import looks_like_path, media_path, read_array
 from fedfuse.data.table import TableColumn, scale_of
@@ -22,12 +22,6 @@ __all__ = ["TABLE", "Source", "find_sources", "undeclared"]
 TABLE = "table"
 """The modality that all scalar columns become together."""
 
-_SUFFIXES = {
-    Kind.IMAGE: image.SUFFIXES,
-    Kind.AUDIO: audio.SUFFIXES,
-    Kind.VIDEO: video.SUFFIXES,
-}
-"""Of the kinds that are files of their own, what the files are called."""
 _MOST_CATEGORIES = 32
 _PROSE = {"text", "note", "notes", "report", "question", "sentence", "caption", "comment"}
 
@@ -140,13 +134,15 @@ def _kind(
         return Kind.TABLE, told
     suffixes = [PurePosixPath(cell).suffix.lower() for cell in cells if looks_like_path(cell)]
     arrays = suffixes.count(".npy") * 2 > len(cells)
-    if kind in _SUFFIXES:
+    media = kind is not None and bool(KINDS[kind].suffixes)
+    if arrays and media:
+        notes.append(f"{name}: declared as {kind}, but its cells are arrays, so features of it")
+        kind, media = None, False
+    if kind is not None and (arrays or (media and kind is not Kind.TEXT)):
         return kind, None
-    if kind is not None and kind is not Kind.TEXT and arrays:
-        return kind, None
-    if kind is None and (arrays or _media(suffixes, len(cells))):
-        kind = _array_kind(manifest, name, cells) if arrays else _media(suffixes, len(cells))
-        assert kind is not None
+    found = kind_of_suffixes(suffixes, len(cells))
+    if kind is None and (arrays or found):
+        kind = found or _array_kind(manifest, name, cells)
         notes.append(f"{name}: kind {kind}, inferred from {_usual(suffixes)} cells")
         return kind, None
     scalar = sum(number(cell) is not None for cell in cells) >= 0.9 * len(cells)
@@ -179,13 +175,6 @@ def _kind(
         return Kind.TABLE, TableColumn(name=name, categories=tuple(categories))
     notes.append(f"{name}: kind text, inferred from its cells")
     return Kind.TEXT, None
-
-
-def _media(suffixes: list[str], count: int) -> Kind | None:
-    for kind, known in _SUFFIXES.items():
-        if sum(suffix in known for suffix in suffixes) * 2 > count:
-            return kind
-    return Kind.TEXT if suffixes.count(".txt") * 2 > count else None
 
 
 def _array_kind(manifest: Manifest, name: str, cells: list[str]) -> Kind:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.batch import Kind, TargetKind
+from fedfuse.data.kinds import KINDS
 from fedfuse.data.table import TableColumn
 from fedfuse.errors import DataError
 
@@ -301,9 +302,6 @@ def _column(name: str, said: Any, path: Path) -> TableColumn:
     )
 
 
-_IMAGE_FILE = re.compile(r"\b(png|jpe?g|bmp|gif|tiff?|webp)\b")
-_AUDIO_FILE = re.compile(r"\b(wav|wave|flac|ogg|mp3|aiff?)\b")
-_VIDEO_FILE = re.compile(r"\b(mp4|m4v|mov|avi|mkv|webm|mpe?g|wmv|flv|ogv|3gp)\b")
 _TABLE = re.compile(r"\b(table|tabular|categor\w*)\b")
 _DIMS = re.compile(r"\b([12])\s*-?\s*d\b")
 _SHAPE = re.compile(r"[(\[]\s*(\d+(?:\s*[,x×]\s*\d+)*)\s*,?\s*[)\]]")
@@ -349,12 +347,10 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _kind(name: str, text: str, shape: tuple[int, ...]) -> Kind | None:
     """The kind that `text` tells. File types first: an .npy of audio features is a vector."""
-    if _IMAGE_FILE.search(text):
-        return Kind.IMAGE
-    if _AUDIO_FILE.search(text):
-        return Kind.AUDIO
-    if _VIDEO_FILE.search(text):
-        return Kind.VIDEO
+    suffixes = {f".{word}" for word in re.findall(r"\w+", text)} - {".txt"}
+    for kind, decoder in KINDS.items():
+        if suffixes & decoder.suffixes:
+            return kind
     if _TABLE.search(text) or name in ("table", "tabular"):
         return Kind.TABLE
     if "npy" in text or "numpy" in text:
@@ -373,6 +369,9 @@ def _kind(name: str, text: str, shape: tuple[int, ...]) -> Kind | None:
             return kind
     if re.search(r"\b(numbers?|numeric\w*|floats?\d*|ints?\d*|integers?|scalars?)\b", text):
         return None  # the cells tell: one number each is a table, many a vector
+    for kind in Kind:
+        if re.search(rf"\b{kind}\b", text):
+            return kind
     if re.search(r"\b(text|inline|strings?|sentences?|notes?|words?|questions?)\b", text):
         return Kind.TEXT
     return None

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfuse.data.decoder import Decoder, Read
 from fedfuse.data.inline import BLANKS, number
+from fedfuse.data.media import array_of
 from fedfuse.errors import DataError
+
+if TYPE_CHECKING:
+    from fedfuse.data.columns import Source
+    from fedfuse.data.declaration import DeclaredModality
+    from fedfuse.data.probe import Probe
+    from fedfuse.data.spec import DataConfig
 
 __all__ = [
     "TableColumn", "TableSpec", "fit_table", "read_cells", "scale_of", "unknown_in", "with_flags",
@@ -38,11 +48,20 @@ class TableColumn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TableSpec:
+class TableSpec(Decoder):
     """Either `columns` of the manifest, or `features` numbers in one array."""
 
     columns: tuple[TableColumn, ...] = ()
     features: int = 0
+
+    measured: ClassVar = True
+
+    @classmethod
+    def plan(cls, source: Source, config: DataConfig, probe: Probe) -> Self:
+        """The columns, or the width of the array."""
+        if source.table:
+            return cls(columns=source.table)
+        return cls(features=probe.shape(source, 1)[0])
 
     @property
     def width(self) -> int:
@@ -53,6 +72,16 @@ class TableSpec:
     def shape(self) -> tuple[int]:
         """(2F,): values, then flags."""
         return (2 * self.width,)
+
+    def read(self, root: Path, cells: tuple[str, ...], said: DeclaredModality) -> Read:
+        """The values, NaN where one is missing. Raises DataError."""
+        if self.columns:
+            return Read(read_cells(cells, self), unknown_in(cells, self))
+        return Read(fit_table(array_of(root, cells[0]), self))
+
+    def stack(self, values: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+        """(U, F): flags come with the scale."""
+        return np.array(values, dtype=self.stored).reshape(len(values), self.width)
 
     @property
     def coded(self) -> NDArray[np.bool_]:

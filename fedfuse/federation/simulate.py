@@ -184,7 +184,7 @@ def _refuse_repeats(config: RunConfig, prepared: Prepared) -> None:
             f"{prepared.repeated_subjects} subjects have several records, so a promise for one "
             "record does not cover one person",
             where="data.manifest",
-            hint="keep one record of each subject, or set privacy.records_are_units = true",
+            hint="take --unit subject, or set privacy.records_are_units = true to protect a record",
         )
 
 

@@ -16,7 +16,7 @@ def answer(outputs: Tensor, target: Target) -> Tensor:
     Classes: their probabilities. Labels: of each the probability that it holds. Ordered classes:
     their probabilities, as differences of P(y > k), which is the product of the first k + 1
     conditional chances (Shi, Cao and Raschka 2021, arXiv:2111.08851v5, equation 2). A
-    number: itself (B, 1), in its own units.
+    number: itself (B, 1), in its own units, within the declared range.
     """
     match target.kind:
         case TargetKind.CLASSIFICATION:
@@ -28,4 +28,5 @@ def answer(outputs: Tensor, target: Target) -> Tensor:
             one = torch.ones_like(above[:, :1])
             return torch.cat([one, above], 1) - torch.cat([above, torch.zeros_like(one)], 1)
         case TargetKind.REGRESSION:
-            return target.centre + target.scale * outputs
+            number = target.centre + target.scale * outputs
+            return number.clamp(*target.span) if target.span else number

@@ -25,7 +25,7 @@ from fedfuse.data.text import TextSpec, token_ids
 from fedfuse.data.vector import VectorSpec, fit_vector
 from fedfuse.errors import DataError
 
-__all__ = ["Decoded", "decode", "decode_column"]
+__all__ = ["Decoded", "decode", "decode_column", "text_of"]
 
 _CHUNK = 256
 _SAMPLES = 1 << 23  # of sound at once, so that memory stays bounded
@@ -197,7 +197,7 @@ def _read(root: Path, source: Source, spec: Spec, key: _Key) -> _Read:
             what = f"{rate} samples a second, but {declared} are declared: it is resampled"
             return _Read(wave, what if differs else "")
         case TextSpec():
-            return _Read(token_ids(_text(root, cell), spec))
+            return _Read(token_ids(text_of(root, cell), spec))
         case TableSpec(columns=columns) if columns:
             return _Read(read_cells(key, spec))
         case TableSpec():
@@ -213,7 +213,7 @@ def _read(root: Path, source: Source, spec: Spec, key: _Key) -> _Read:
             return _Read(series, what if len(array) != steps else "")
 
 
-def _text(root: Path, cell: str) -> str:
+def text_of(root: Path, cell: str) -> str:
     """The cell itself, or what is in the .txt file that it names."""
     if not (cell.lower().endswith(".txt") and looks_like_path(cell)):
         return cell

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedfuse.errors import DataError
 
-__all__ = ["TextSpec", "load_tokenizer", "token_ids"]
+__all__ = ["TextSpec", "load_tokenizer", "token_ids", "words_of"]
 
 _WORD = re.compile(r"\w+(?:'\w+)?", re.UNICODE)
 
@@ -52,6 +52,15 @@ def token_ids(text: str, spec: TextSpec) -> NDArray[np.int32]:
     words = _WORD.findall(text.lower())[: spec.tokens]
     ids[: len(words)] = [_bucket(word, spec.vocabulary) for word in words]
     return ids
+
+
+def words_of(text: str, spec: TextSpec) -> list[str]:
+    """What each id of `token_ids` but the padding stands for."""
+    if spec.tokenizer:
+        tokenizer = load_tokenizer(spec.tokenizer)
+        found = tokenizer(text, truncation=True, max_length=spec.tokens)
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(found["input_ids"])]
+    return _WORD.findall(text.lower())[: spec.tokens]
 
 
 @lru_cache(maxsize=4)

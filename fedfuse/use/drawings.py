@@ -96,13 +96,15 @@ def _within(axes: Axes, content: Content, values: Array) -> None:
 
 def _map(axes: Axes, heat: Array, *, origin: str, alpha: float = 1.0) -> None:
     """Blue speaks for, red against."""
+    from matplotlib.ticker import MaxNLocator
+
     end = float(np.abs(heat).max()) or 1.0
     axes.imshow(
         heat, cmap="RdBu", vmin=-end, vmax=end, alpha=alpha, aspect="auto",
         interpolation="nearest", origin=origin,  # type: ignore[arg-type]
     )  # fmt: skip
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _parts(axes: Axes, values: Array, names: Sequence[str]) -> None:

@@ -39,6 +39,10 @@ _POLICY = (
     "form-action 'none'"
 )
 
+_STYLE = (
+    "img { max-width: 100%; height: auto; border-radius: 4px; }\n"
+    "@media (max-width: 34rem) { .released tr { grid-template-columns: 1fr; } }\n"
+)
 _HEADS = ("adds", "absent", "another's", "turns", "gap")
 
 
@@ -125,7 +129,7 @@ def _page(found: Explained, overview: bytes, pictures: list[bytes]) -> Iterator[
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n<title>Explanations</title>\n'
-        f"<style>\n{css}img {{ max-width: 100%; height: auto; border-radius: 4px; }}\n</style>\n"
+        f"<style>\n{css}{_STYLE}</style>\n"
         "</head>\n<body>\n<h1>Explanations</h1>\n"
         f'<p class="soft">Why the model said what it said of {len(found.explanations)} records. '
         f"Made by fedfuse {__version__}.</p>\n"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedfuse.data.probe import Probe
     from fedfuse.data.spec import DataConfig
 
-__all__ = ["TextSpec", "load_tokenizer", "token_ids"]
+__all__ = ["TextSpec", "load_tokenizer", "text_of", "token_ids", "words_of"]
 
 _WORD = re.compile(r"\w+(?:'\w+)?", re.UNICODE)
 
@@ -58,7 +58,7 @@ class TextSpec(Decoder):
 
     def read(self, root: Path, cells: tuple[str, ...], said: DeclaredModality) -> Read:
         """The tokens. Raises DataError."""
-        return Read(token_ids(_text(root, cells[0]), self))
+        return Read(token_ids(text_of(root, cells[0]), self))
 
 
 def token_ids(text: str, spec: TextSpec) -> NDArray[np.int32]:
@@ -79,7 +79,7 @@ def token_ids(text: str, spec: TextSpec) -> NDArray[np.int32]:
     return ids
 
 
-def _text(root: Path, cell: str) -> str:
+def text_of(root: Path, cell: str) -> str:
     """The cell itself, or what is in the .txt file that it names."""
     if not (cell.lower().endswith(".txt") and looks_like_path(cell)):
         return cell
@@ -87,6 +87,15 @@ def _text(root: Path, cell: str) -> str:
         return media_path(root, cell).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise DataError(f"text file {cell} is not UTF-8", hint="save it as UTF-8") from None
+
+
+def words_of(text: str, spec: TextSpec) -> list[str]:
+    """What each id of `token_ids` but the padding stands for."""
+    if spec.tokenizer:
+        tokenizer = load_tokenizer(spec.tokenizer)
+        found = tokenizer(text, truncation=True, max_length=spec.tokens)
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(found["input_ids"])]
+    return _WORD.findall(text.lower())[: spec.tokens]
 
 
 @lru_cache(maxsize=4)

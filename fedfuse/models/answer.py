@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fedfuse.batch import Target, TargetKind
 
@@ -24,7 +25,8 @@ def answer(outputs: Tensor, target: Target) -> Tensor:
         case TargetKind.MULTILABEL:
             return outputs.sigmoid()
         case TargetKind.ORDINAL:
-            above = outputs.sigmoid().cumprod(1)
+            # A sum of logarithms: ONNX has no running product.
+            above = logsigmoid(outputs).cumsum(1).exp()
             one = torch.ones_like(above[:, :1])
             return torch.cat([one, above], 1) - torch.cat([above, torch.zeros_like(one)], 1)
         case TargetKind.REGRESSION:

@@ -23,6 +23,7 @@ from fedfuse.data.table import TableSpec, fit_table, read_cells
 from fedfuse.data.target import label_value
 from fedfuse.data.text import TextSpec, token_ids
 from fedfuse.data.vector import VectorSpec, fit_vector
+from fedfuse.data.video import VideoSpec, read_video
 from fedfuse.errors import DataError
 
 __all__ = ["Decoded", "decode"]
@@ -195,6 +196,8 @@ def _read(root: Path, source: Source, spec: Spec, key: _Key) -> _Read:
             differs = declared and rate != declared
             what = f"{rate} samples a second, but {declared} are declared: it is resampled"
             return _Read(wave, what if differs else "")
+        case VideoSpec():
+            return _Read(read_video(media_path(root, cell), spec))
         case TextSpec():
             return _Read(token_ids(_text(root, cell), spec))
         case TableSpec(columns=columns) if columns:
@@ -227,7 +230,13 @@ def _finish(values: list[NDArray[np.generic]], spec: Spec) -> NDArray[np.generic
     if isinstance(spec, AudioSpec):
         return log_mel([np.asarray(wave, dtype=np.float32) for wave in values], spec)
     shape = (spec.width,) if isinstance(spec, TableSpec) else spec.shape
-    kind = "u1" if isinstance(spec, ImageSpec) else "i4" if isinstance(spec, TextSpec) else "f4"
+    kind = (
+        "u1"
+        if isinstance(spec, ImageSpec | VideoSpec)
+        else "i4"
+        if isinstance(spec, TextSpec)
+        else "f4"
+    )
     return np.array(values, dtype=kind).reshape(len(values), *shape)
 
 

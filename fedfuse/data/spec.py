@@ -42,6 +42,10 @@ class DataConfig:
     """Mel bands of the log-mel spectrogram."""
     mel_frames: int = 0
     """Frames of the log-mel spectrogram; the hop follows from it. 0: one each 16 ms."""
+    video_frames: int = 8
+    """Frames of a video that are kept, spread evenly over it."""
+    video_size: int = 0
+    """Height and width of a frame in pixels."""
     text_tokens: int = 32
     """Words of a text that are kept."""
     vocabulary: int = 4096

@@ -35,6 +35,7 @@ CLASS_WEIGHTS = ("none", "priors")
 ENCODERS = {
     "image": ("cnn",),
     "audio": ("cnn",),
+    "video": ("pool",),
     "series": ("cnn",),
     "text": ("bag", "transformer", "gru"),
 }
@@ -47,6 +48,7 @@ class EncoderConfig:
 
     image: str = "cnn"
     audio: str = "cnn"
+    video: str = "pool"
     series: str = "cnn"
     text: str = "bag"
 
@@ -125,6 +127,12 @@ class ModelConfig:
     """Convolutions of the audio encoder."""
     audio_terms: int = 18
     """The same of a spectrogram: over frequency that is its cepstrum."""
+    video_width: int = 8
+    """Channels of the first convolution over each frame."""
+    video_depth: int = 3
+    """Convolutions over each frame."""
+    video_terms: int = 6
+    """Cosine terms of each frame in each direction."""
     series_width: int = 16
     """Channels of the first convolution over time."""
     series_depth: int = 2

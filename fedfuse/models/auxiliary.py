@@ -148,7 +148,8 @@ def training_loss(loss: Loss, config: AuxiliaryConfig, target: Target, modalitie
 
     def whole(outputs: Tensor, y: Tensor) -> Tensor:
         fused, said, close, there, penalty = outputs.split([C, own, near, modalities, 1], 1)
-        total, seen = loss(fused, y) + penalty.squeeze(1), there > 0.5
+        total: Tensor = loss(fused, y) + penalty.squeeze(1)
+        seen = there > 0.5
         each = y.repeat_interleave(modalities, 0)
         if own:
             alone = loss(said.reshape(-1, C), each).view(seen.shape)
@@ -197,4 +198,5 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     La, Lb = (torch.linalg.cholesky(x.T @ x / (len(x) - 1) + ridge) for x in (a, b))
     T = torch.linalg.solve_triangular(La, a.T @ b / (len(a) - 1), upper=False)
     T = torch.linalg.solve_triangular(Lb, T.T, upper=False)
-    return T.square().sum() / a.shape[1]
+    shared: Tensor = T.square().sum() / a.shape[1]
+    return shared

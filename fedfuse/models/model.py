@@ -18,6 +18,7 @@ from fedfuse.models.fusion.late import LateFusion
 from fedfuse.models.fusion.operator import hide
 from fedfuse.models.knowledge import Graph, read_graph
 from fedfuse.models.raw import RawFeatures, raw_width
+from fedfuse.models.shifts import shifts_of
 from fedfuse.models.spec import ModelConfig
 
 __all__ = ["FusionModel", "build_model", "count_parameters"]
@@ -32,6 +33,7 @@ class FusionModel(nn.Module):
         super().__init__()
         self.names = schema.names
         self.modality_dropout = config.modality_dropout
+        self.shifts = shifts_of(schema, config)
         outputs = schema.target.outputs
         fusion = build_fusion(
             Place(
@@ -85,8 +87,9 @@ class FusionModel(nn.Module):
             return outputs
         if isinstance(self.fusion, SequenceFusion):
             z = torch.stack([each[:, 0] for each in tokens], 1)
-        told = isinstance(self.fusion, LateFusion) and self.auxiliary.config.unimodal
-        own = self.fusion.said(z) if told else None
+        own = None
+        if isinstance(self.fusion, LateFusion) and self.auxiliary.config.unimodal:
+            own = self.fusion.said(z)
         return torch.cat([outputs, self.auxiliary(z, seen, own)], 1)
 
     def part_of(self, parameter: str) -> str:

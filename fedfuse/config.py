@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import tomli_w
 
-from fedfuse.data.spec import AUDIO_FEATURES, PARTITIONS, DataConfig
+from fedfuse.data.spec import AUDIO_FEATURES, DEMOS, PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
 from fedfuse.models.spec import (
     ABSENT,
@@ -288,6 +288,7 @@ def _check(config: RunConfig) -> None:
     data, model, train = config.data, config.model, config.train
     privacy, federation = config.privacy, config.federation
     for key, text, allowed in (
+        ("data.demo", data.demo, DEMOS),
         ("data.partition", data.partition, PARTITIONS),
         ("data.audio_features", data.audio_features, AUDIO_FEATURES),
         ("model.fusion", model.fusion, FUSIONS),

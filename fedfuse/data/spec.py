@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AUDIO_FEATURES", "PARTITIONS", "DataConfig"]
+__all__ = ["AUDIO_FEATURES", "DEMOS", "PARTITIONS", "DataConfig"]
 
+DEMOS = (
+    "inspection", "multimedia", "interactive", "medical", "security", "recommendation", "sentiment",
+)  # fmt: skip
+"""Data sets that are made on the spot; see `scenes/`."""
 PARTITIONS = ("client", "iid", "dirichlet", "quantity", "modality")
 AUDIO_FEATURES = ("mel", "mfcc", "wave")
 
@@ -18,7 +22,9 @@ class DataConfig:
     """
 
     manifest: str = ""
-    """Path of the manifest (CSV, JSONL, Parquet). Empty: the demo data set is made."""
+    """Path of the manifest (CSV, JSONL, Parquet). Empty: a demo data set is made."""
+    demo: str = "inspection"
+    """Which one: one of DEMOS. A manifest goes before it."""
     modalities: tuple[str, ...] = ()
     """The modalities to use, by column name. Empty: all."""
     skip_bad: bool = False

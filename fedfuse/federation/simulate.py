@@ -167,12 +167,12 @@ def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool)
 
 
 def _prepare(config: RunConfig, temporary: Path, *, fingerprints: bool) -> Prepared:
-    """The data that `config` names; without a manifest, the demo data set."""
+    """The data that `config` names; without a manifest, a demo data set."""
     data = config.data
     if not data.manifest:
-        from fedfuse.data.demo import make_demo
+        from fedfuse.data.scenes import make
 
-        manifest = make_demo(temporary / "demo", seed=config.seed)
+        manifest = make(data.demo, temporary / "demo", seed=config.seed)
         data = dataclasses.replace(data, manifest=str(manifest))
     return prepare(data, seed=config.seed, fingerprints=fingerprints)
 

@@ -415,6 +415,22 @@ FAULTS = (
     ),
     Fault(
         line=7,
+        name="stale-round-charged",
+        file="fedfuse/privacy/ledger.py",
+        old="        if round < last:",
+        new="        if False:",
+        tests=(f"{HOSTILE}test_a_round_that_is_over_is_refused_and_costs_nothing",),
+    ),
+    Fault(
+        line=7,
+        name="late-round-charged",
+        file="fedfuse/federation/policy.py",
+        old="            request.check_time()\n",
+        new="",
+        tests=(f"{HOSTILE}test_a_round_that_ends_while_its_cost_is_weighed_is_not_charged",),
+    ),
+    Fault(
+        line=7,
         name="run-of-another-server",
         file="fedfuse/privacy/ledger.py",
         old="        if owner != server:",

@@ -68,6 +68,13 @@ def init(
             metavar="USER",
         ),
     ] = None,
+    socket: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the vault's socket is to lie, if not in the node's folder.",
+            metavar="FILE",
+        ),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS, no node key: for trials on one machine.")
     ] = False,
@@ -87,6 +94,7 @@ def init(
             ca=ca,
             anchor=anchor,
             clients=tuple(client or ()),
+            socket=socket,
             insecure=insecure,
         ),
     )

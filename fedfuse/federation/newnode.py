@@ -53,6 +53,7 @@ class Equipment:
     ca: Path | None = None
     anchor: Path | None = None
     clients: tuple[str, ...] = ()
+    socket: Path | None = None
     insecure: bool = False
 
 
@@ -151,7 +152,8 @@ def _equip(folder: Path, what: Equipment) -> str:
             "delta": what.delta,
             "servers": servers,
         },
-        "vault": {"clients": list(what.clients)},
+        "vault": {"clients": list(what.clients)}
+        | ({"socket": str(what.socket)} if what.socket else {}),
         "superlink": {"address": what.address, "insecure": what.insecure},
     }
     disk.create(folder / NODE_FILE, _filled(_TEMPLATE.read_text(), settings).encode())

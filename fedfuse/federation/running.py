@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -55,6 +56,12 @@ def run_node(path: Path, tell: Callable[[str], None]) -> None:
     settings, folder = NodeFile.read(path), path.absolute().parent
     words = supernode_words(settings)
     door = Path(settings.vault.socket)
+    if os.geteuid() not in settings.clients():
+        raise ConfigError(
+            "the vault is open to another user, who must run the SuperNode",
+            where=f"{path}: vault.clients",
+            hint="start the vault with --only vault, and see docs/deploy/ for the other half",
+        )
     if is_guarded(door.parent):
         raise FederationError("the node is running already", where=str(path))
     variables = environment(folder / FLOWER)

@@ -242,6 +242,7 @@ def test_a_node_that_cannot_reach_a_server_is_not_started(run: Run, made: Path) 
     for old, new, said in (
         ('key = "supernode.key"', "", "superlink.ca and superlink.key are needed"),
         ('address = "127.0.0.1:1"', 'address = "somewhere"', "is no host:port"),
+        ("clients = []", 'clients = ["65534"]', "open to another user"),
     ):
         (made / "node.toml").write_text(text.replace(old, new))
         began = time.monotonic()

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedfuse.cli import main
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import prepare
 from fedfuse.federation.processes import (
@@ -35,7 +37,6 @@ from fedfuse.runfolder import RunFolder
 from tests.federation.conftest import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = (sys.executable, "-m", "fedfuse", "node")
 SETTINGS = {
     "model.dim": 8,
     "model.head_width": 8,
@@ -79,15 +80,16 @@ def certificates(folder: Path) -> None:
         (folder / f"{name}.key").write_bytes(private)
 
 
-def said(*words: object) -> str:
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_real_nodes_spend_from_their_ledgers_under_their_own_rules(tmp_path: Path) -> None:
+def test_real_nodes_spend_from_their_ledgers_under_their_own_rules(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Their ledgers, the server's books, the heads that it kept and what was shown say the same."""
+
+    def said(*words: object, code: int = 0) -> str:
+        assert main(["node", *map(str, words)]) == code, capsys.readouterr()
+        return capsys.readouterr().out
+
     manifest = write_manifest(tmp_path)
     config = RunConfig().with_values({"data.manifest": str(manifest)})
     prepare(config.data, seed=0).write(tmp_path / "store")
@@ -103,13 +105,13 @@ def test_real_nodes_spend_from_their_ledgers_under_their_own_rules(tmp_path: Pat
     nodes = [tmp_path / f"node-{number}" for number in (0, 1)]
     for number, node in enumerate(nodes):
         said(
-            *OURS, "init", node, "--name", f"site-{number}", "--epsilon", 8, "--delta", 1e-5,
+            "init", node, "--name", f"site-{number}", "--epsilon", 8, "--delta", 1e-5,
             "--server", tmp_path / "server.pem", "--superlink", f"127.0.0.1:{port}",
             "--ca", tmp_path / "ca.pem", "--anchor", tmp_path / f"anchor-{number}",
         )  # fmt: skip
         own = tmp_path / "own.csv"
         own.write_text("".join(x for x in lines if x == lines[0] or f",site-{'ab'[number]}," in x))
-        said(*OURS, "prepare", node, own)
+        said("prepare", node, own)
     own_variables = {
         "FEDFUSE_STORE": str(tmp_path / "store"),
         "FEDFUSE_OUT": str(tmp_path / "run"),
@@ -135,9 +137,9 @@ def test_real_nodes_spend_from_their_ledgers_under_their_own_rules(tmp_path: Pat
                 env=variables, capture_output=True, text=True, timeout=120, cwd=tmp_path,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout + done.stderr
-            assert "✗" not in said(*OURS, "check", node)
+            assert "✗" not in said("check", node)
             process = Process(
-                [*OURS, "start", node],
+                [sys.executable, "-m", "fedfuse", "node", "start", node],
                 environment=environment(home),
                 folder=tmp_path,
                 log=node.with_suffix(".log"),
@@ -150,18 +152,12 @@ def test_real_nodes_spend_from_their_ledgers_under_their_own_rules(tmp_path: Pat
         assert started.returncode == 0, started.stdout + started.stderr
         summary = tmp_path / "run" / "summary.json"
         wait_until(summary.exists, 300, "the run does not end", link, *running)
-        states = [json.loads(said(*OURS, "status", node, "--json")) for node in nodes]
-        for process, node in zip(running, nodes, strict=True):
-            assert process.stop() == 0
+        states = [json.loads(said("status", node, "--json")) for node in nodes]
+        with ThreadPoolExecutor() as together:
+            assert list(together.map(Process.stop, running)) == [0, 0]
+        for node in nodes:
             assert "the node is stopped" in node.with_suffix(".log").read_text()
-            assert (
-                json.loads(
-                    subprocess.run(
-                        [*OURS, "status", str(node), "--json"], capture_output=True
-                    ).stdout
-                )["running"]
-                is False
-            )
+            assert not json.loads(said("status", node, "--json", code=1))["running"]
     told = json.loads(summary.read_text())
     assert told["status"] == "finished", told
     events = RunFolder.open(tmp_path / "run").events()

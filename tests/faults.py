@@ -336,8 +336,8 @@ FAULTS = (
         line=7,
         name="past-forgotten",
         file="fedfuse/federation/policy.py",
-        old="if accounting.within([*past, rest], self.epsilon, self.delta):",
-        new="if accounting.within([rest], self.epsilon, self.delta):",
+        old="if not accounting.within([*past, rest], self.epsilon, self.delta):",
+        new="if not accounting.within([rest], self.epsilon, self.delta):",
         tests=(f"{NODE}test_what_was_spent_before_counts",),
     ),
     Fault(
@@ -416,8 +416,8 @@ FAULTS = (
     Fault(
         line=7,
         name="stale-round-charged",
-        file="fedfuse/privacy/ledger.py",
-        old="        if round < last:",
+        file="fedfuse/federation/books.py",
+        old="        if request.round < last:",
         new="        if False:",
         tests=(f"{HOSTILE}test_a_round_that_is_over_is_refused_and_costs_nothing",),
     ),

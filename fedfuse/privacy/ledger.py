@@ -155,6 +155,11 @@ class Ledger:
         with self._locked():
             return self._tally.requests.get(request)
 
+    def last_round(self, run: str) -> int:
+        """The last round of `run` that something was spent on; 0 where there is none."""
+        with self._locked():
+            return self._tally.last.get(run, 0)
+
     def entries(self) -> Iterator[Entry]:
         """All lines that are there now, checked once more."""
         with self._locked():
@@ -181,14 +186,13 @@ class Ledger:
         `allow` gets the history without it, and runs while everybody else waits: nothing can be
         spent between its answer and the entry. What it raises is raised, and nothing is spent.
 
-        Raises LedgerError where something was spent on this `request` before, or on a later round
-        of the `run`, where the `run` was another `server`'s first, and where the ledger cannot be
-        trusted or written. Nothing is spent then, except where only the anchor could not be
-        written.
+        Raises LedgerError where something was spent on this `request` before, where the `run` was
+        another `server`'s first, and where the ledger cannot be trusted or written. Nothing is
+        spent then, except where only the anchor could not be written.
         """
         work = _new_work(dataset, mechanism, run, server, node, round, request)
         with self._locked(writing=True):
-            self._check_new(run, server, round, request)
+            self._check_new(run, server, request)
             if dataset in self._tally.exposed:
                 raise LedgerError(
                     "these records were read for a run that promises nothing, so that no promise "
@@ -210,13 +214,12 @@ class Ledger:
         """
         work = _new_work(dataset, None, run, server, node, round, request)
         with self._locked(writing=True):
-            self._check_new(run, server, round, request)
+            self._check_new(run, server, request)
             line = self._chain.next_line(Kind.EXPOSED, **work, key=self._key)
             return self._append([line])[0]
 
-    def _check_new(self, run: str, server: str, round: int, request: str) -> None:
-        """Raises LedgerError on a request that was answered, a run of another server, or a round
-        that is over. A round may come again: its server may have been stopped in it."""
+    def _check_new(self, run: str, server: str, request: str) -> None:
+        """Raises LedgerError on a request that was answered, or a run of another server."""
         if request in self._tally.requests:
             raise LedgerError(
                 f"request {request!r} was answered before: what was spent on it stays spent",
@@ -229,12 +232,6 @@ class Ledger:
                 f"run {run!r} belongs to another server",
                 where=str(self.path),
                 hint="a server that begins a run gives it an id of its own",
-            )
-        last = self._tally.last.get(run, round)
-        if round < last:
-            raise LedgerError(
-                f"round {round} is over: round {last} of this run was answered before",
-                where=str(self.path),
             )
 
     def commit(self, entry: Entry) -> Entry:

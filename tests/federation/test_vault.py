@@ -93,6 +93,8 @@ def test_the_update_is_that_of_a_simulated_node(
     start = asked.array_records["arrays"]
     moved = [np.abs(arrays[name].numpy() - start[name].numpy()).max() for name in arrays]
     assert min(moved) > 1e-3
+    while not told:
+        threading.Event().wait(0.05)
     assert [(a.status, a.epsilon) for a in told] == [("ok", None)]
 
 

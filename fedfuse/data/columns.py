@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from fedfuse.batch import Kind
-from fedfuse.data import audio, image
+from fedfuse.data import audio, image, video
 from fedfuse.data.declaration import DeclaredModality
 from fedfuse.data.inline import BLANKS, number, numbers
 from fedfuse.data.manifest import RESERVED, Manifest
@@ -22,6 +22,12 @@ __all__ = ["TABLE", "Source", "find_sources", "undeclared"]
 TABLE = "table"
 """The modality that all scalar columns become together."""
 
+_SUFFIXES = {
+    Kind.IMAGE: image.SUFFIXES,
+    Kind.AUDIO: audio.SUFFIXES,
+    Kind.VIDEO: video.SUFFIXES,
+}
+"""Of the kinds that are files of their own, what the files are called."""
 _MOST_CATEGORIES = 32
 _PROSE = {"text", "note", "notes", "report", "question", "sentence", "caption", "comment"}
 
@@ -114,7 +120,7 @@ def _kind(
     kind = said.kind
     suffixes = [PurePosixPath(cell).suffix.lower() for cell in cells if looks_like_path(cell)]
     arrays = suffixes.count(".npy") * 2 > len(cells)
-    if kind in (Kind.IMAGE, Kind.AUDIO):
+    if kind in _SUFFIXES:
         return kind, None
     if kind is not None and kind is not Kind.TEXT and arrays:
         return kind, None
@@ -156,7 +162,7 @@ def _kind(
 
 
 def _media(suffixes: list[str], count: int) -> Kind | None:
-    for kind, known in ((Kind.IMAGE, image.SUFFIXES), (Kind.AUDIO, audio.SUFFIXES)):
+    for kind, known in _SUFFIXES.items():
         if sum(suffix in known for suffix in suffixes) * 2 > count:
             return kind
     return Kind.TEXT if suffixes.count(".txt") * 2 > count else None

@@ -176,7 +176,7 @@ class Dataset:
         values = np.zeros((len(own), *modality.shape), dtype=kind)
         if seen.any():
             values[seen] = column.values[index[seen]]
-        if modality.kind is Kind.IMAGE:
+        if modality.kind in (Kind.IMAGE, Kind.VIDEO):
             values /= 255  # stored as bytes
         return torch.from_numpy(values), torch.from_numpy(seen)
 

@@ -271,6 +271,7 @@ def _modality(name: str, said: Any, path: Path) -> DeclaredModality:
 
 _IMAGE_FILE = re.compile(r"\b(png|jpe?g|bmp|gif|tiff?|webp)\b")
 _AUDIO_FILE = re.compile(r"\b(wav|wave|flac|ogg|mp3|aiff?)\b")
+_VIDEO_FILE = re.compile(r"\b(mp4|m4v|mov|avi|mkv|webm|mpe?g|wmv|flv|ogv|3gp)\b")
 _TABLE = re.compile(r"\b(table|tabular|categor\w*)\b")
 _DIMS = re.compile(r"\b([12])\s*-?\s*d\b")
 _SHAPE = re.compile(r"[(\[]\s*(\d+(?:\s*[,x×]\s*\d+)*)\s*,?\s*[)\]]")
@@ -285,11 +286,12 @@ def _from_text(name: str, text: str) -> DeclaredModality:
     text = text.lower()
     shape = _shape(text)
     kind = _kind(name.lower(), text, shape)
-    size = _SIZE.search(text) if kind is Kind.IMAGE else None
+    pictures = kind in (Kind.IMAGE, Kind.VIDEO)
+    size = _SIZE.search(text) if pictures else None
     rate = _RATE.search(text) if kind is Kind.AUDIO else None
     seconds = _SECONDS.search(text) if kind is Kind.AUDIO else None
     channels = 0
-    if kind is Kind.IMAGE:
+    if pictures:
         if re.search(r"\b(rgba?|colou?r)\b", text):
             channels = 3
         elif re.search(r"\b(l|gr[ae]y\w*|monochrome)\b", text):
@@ -319,6 +321,8 @@ def _kind(name: str, text: str, shape: tuple[int, ...]) -> Kind | None:
         return Kind.IMAGE
     if _AUDIO_FILE.search(text):
         return Kind.AUDIO
+    if _VIDEO_FILE.search(text):
+        return Kind.VIDEO
     if _TABLE.search(text) or name in ("table", "tabular"):
         return Kind.TABLE
     if "npy" in text or "numpy" in text:
@@ -329,6 +333,7 @@ def _kind(name: str, text: str, shape: tuple[int, ...]) -> Kind | None:
     for kind, words in (
         (Kind.SERIES, r"time.?series|series|sensor|imu|sequence"),
         (Kind.VECTOR, r"vectors?|embeddings?|features?"),
+        (Kind.VIDEO, r"videos?|films?"),
         (Kind.IMAGE, r"images?|pictures?|photos?"),
         (Kind.AUDIO, r"audio|sounds?|speech"),
     ):

@@ -23,9 +23,10 @@ from fedfuse.data.table import TableSpec, fit_table, read_cells
 from fedfuse.data.target import label_value
 from fedfuse.data.text import TextSpec, token_ids
 from fedfuse.data.vector import VectorSpec, fit_vector
+from fedfuse.data.video import VideoSpec, read_video
 from fedfuse.errors import DataError
 
-__all__ = ["Decoded", "decode"]
+__all__ = ["Decoded", "decode", "decode_column"]
 
 _CHUNK = 256
 _SAMPLES = 1 << 23  # of sound at once, so that memory stays bounded
@@ -59,7 +60,7 @@ def decode(layout: Layout, *, need_client: bool) -> Decoded:
     values, index = {}, {}
     rows = layout.manifest.rows
     for source, spec in zip(layout.sources, layout.specs, strict=True):
-        values[source.name], index[source.name] = _column(layout, source, spec, problems, bad)
+        values[source.name], index[source.name] = decode_column(layout, source, spec, problems, bad)
     good = [i for i in range(len(rows)) if i not in bad]
     return Decoded(
         rows=tuple(rows[i] for i in good),
@@ -134,10 +135,11 @@ def _bad_label(layout: Layout) -> tuple[str, str]:
     return f"its label is none of the {len(classes)} classes", f"the classes are {shown}"
 
 
-def _column(
+def decode_column(
     layout: Layout, source: Source, spec: Spec, problems: list[Problem], bad: set[int]
 ) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
-    """One modality: every different content once, and each row's place among them."""
+    """One modality: every different content once, raw, and each row's place among them, -1 where
+    it is absent. What is wrong is added to `problems`, and the row's number to `bad`."""
     users: dict[_Key, list[int]] = {}
     for i, row in enumerate(layout.manifest.rows):
         key = tuple(row.cells[column] for column in source.columns)
@@ -195,6 +197,8 @@ def _read(root: Path, source: Source, spec: Spec, key: _Key) -> _Read:
             differs = declared and rate != declared
             what = f"{rate} samples a second, but {declared} are declared: it is resampled"
             return _Read(wave, what if differs else "")
+        case VideoSpec():
+            return _Read(read_video(media_path(root, cell), spec))
         case TextSpec():
             return _Read(token_ids(_text(root, cell), spec))
         case TableSpec(columns=columns) if columns:
@@ -227,7 +231,13 @@ def _finish(values: list[NDArray[np.generic]], spec: Spec) -> NDArray[np.generic
     if isinstance(spec, AudioSpec):
         return log_mel([np.asarray(wave, dtype=np.float32) for wave in values], spec)
     shape = (spec.width,) if isinstance(spec, TableSpec) else spec.shape
-    kind = "u1" if isinstance(spec, ImageSpec) else "i4" if isinstance(spec, TextSpec) else "f4"
+    kind = (
+        "u1"
+        if isinstance(spec, ImageSpec | VideoSpec)
+        else "i4"
+        if isinstance(spec, TextSpec)
+        else "f4"
+    )
     return np.array(values, dtype=kind).reshape(len(values), *shape)
 
 

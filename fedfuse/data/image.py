@@ -13,10 +13,11 @@ from PIL import Image
 from fedfuse.data.media import read_bytes
 from fedfuse.errors import DataError
 
-__all__ = ["SUFFIXES", "ImageSpec", "image_facts", "read_image"]
+__all__ = ["MOST_PIXELS", "SUFFIXES", "ImageSpec", "image_facts", "pixels_of", "read_image"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
-_MOST_PIXELS = 1 << 26
+MOST_PIXELS = 1 << 26
+"""Of one picture; larger ones are refused undecoded."""
 _GRAY = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -38,12 +39,16 @@ def read_image(path: Path, spec: ImageSpec) -> NDArray[np.uint8]:
 
     Raises DataError where the file is empty, no image, or cut off.
     """
-    image = _eight_bits(_open(path))
-    image = image.convert("L" if spec.channels == 1 else "RGB")
-    if image.size != (spec.size, spec.size):
-        image = image.resize((spec.size, spec.size), Image.Resampling.BILINEAR)
+    return pixels_of(_eight_bits(_open(path)), spec.size, spec.channels)
+
+
+def pixels_of(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
+    """A picture of 8 bits as (C, S, S), stretched bilinearly where it has another size."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if spec.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def image_facts(path: Path) -> tuple[int, int]:
@@ -56,14 +61,14 @@ def _open(path: Path) -> Image.Image:
     data = read_bytes(path)
     try:
         image = Image.open(io.BytesIO(data))
-        if image.width * image.height <= _MOST_PIXELS:
+        if image.width * image.height <= MOST_PIXELS:
             image.load()
     except Exception as error:  # Pillow's plugins raise many types, all mean the same here
         raise DataError(
             f"image {path.name} cannot be decoded ({type(error).__name__})",
             hint="is it complete? copy it again",
         ) from None
-    if image.width * image.height > _MOST_PIXELS:
+    if image.width * image.height > MOST_PIXELS:
         raise DataError(
             f"image {path.name} has {image.width} x {image.height} pixels, too many to decode",
             hint="store it smaller",

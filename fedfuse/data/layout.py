@@ -25,11 +25,12 @@ from fedfuse.data.table import TableSpec
 from fedfuse.data.target import find_target, target_column
 from fedfuse.data.text import TextSpec, load_tokenizer
 from fedfuse.data.vector import VectorSpec
+from fedfuse.data.video import VideoSpec, load_av, video_facts
 from fedfuse.errors import DataError
 
 __all__ = ["Layout", "Spec", "array_of", "plan"]
 
-Spec = ImageSpec | AudioSpec | TextSpec | SeriesSpec | VectorSpec | TableSpec
+Spec = ImageSpec | AudioSpec | VideoSpec | TextSpec | SeriesSpec | VectorSpec | TableSpec
 T = TypeVar("T")
 
 _PROBES = 64
@@ -147,9 +148,14 @@ class _Probe:
 def _spec(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) -> Spec:
     match source.kind:
         case Kind.IMAGE:
-            return _image(source, config, probe, notes)
+            size, channels = _pixels(source, config.image_size, image_facts, probe, notes)
+            return ImageSpec(size=size, channels=channels)
         case Kind.AUDIO:
             return _audio(source, config, probe, notes)
+        case Kind.VIDEO:
+            load_av()  # an error belongs here, not to each record
+            size, channels = _pixels(source, config.video_size, video_facts, probe, notes)
+            return VideoSpec(frames=config.video_frames, size=size, channels=channels)
         case Kind.TEXT:
             if config.tokenizer:
                 load_tokenizer(config.tokenizer)  # an error belongs here, not to each record
@@ -164,17 +170,24 @@ def _spec(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) -
             return _array(source, config, probe, notes)
 
 
-def _image(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) -> ImageSpec:
+def _pixels(
+    source: Source,
+    wanted: int,
+    facts_of: Callable[[Path], tuple[int, int]],
+    probe: _Probe,
+    notes: list[str],
+) -> tuple[int, int]:
+    """(size, channels) of an image or of a video's frames."""
     said = source.declared
-    size, channels = config.image_size or min(said.image_size, _MOST_PIXELS), said.channels
+    size, channels = wanted or min(said.image_size, _MOST_PIXELS), said.channels
     if not size or channels not in (1, 3):
         facts, _ = probe.look(
-            source, lambda cell: image_facts(media_path(probe.root, cell)), notes, "size or colour"
+            source, lambda cell: facts_of(media_path(probe.root, cell)), notes, "size or colour"
         )
         facts = facts or [(_MOST_PIXELS, 3)]  # nothing readable: each record becomes a problem
         size = size or min(Counter(fact[0] for fact in facts).most_common(1)[0][0], _MOST_PIXELS)
         channels = channels if channels in (1, 3) else max(fact[1] for fact in facts)
-    return ImageSpec(size=size, channels=channels)
+    return size, channels
 
 
 def _audio(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) -> AudioSpec:
@@ -192,7 +205,13 @@ def _audio(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) 
         if not seconds:
             seconds = min(max(fact[1] for fact in facts), _MOST_SECONDS) if held else 1.0
     frames = config.mel_frames or max(1, math.ceil(round(seconds / HOP_S, 6)))
-    return AudioSpec(rate=rate, seconds=seconds, bands=config.mel_bands, frames=frames)
+    return AudioSpec(
+        rate=rate,
+        seconds=seconds,
+        bands=config.mel_bands,
+        frames=frames,
+        coefficients=config.mfcc if config.audio_features == "mfcc" else 0,
+    )
 
 
 def _array(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) -> Spec:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PARTITIONS", "DataConfig"]
+__all__ = ["AUDIO_FEATURES", "PARTITIONS", "DataConfig"]
 
+AUDIO_FEATURES = ("mel", "mfcc")
 PARTITIONS = ("client", "iid", "dirichlet", "quantity", "modality")
 
 
@@ -38,10 +39,18 @@ class DataConfig:
     """Audio is resampled to this many samples a second."""
     audio_seconds: float = 0.0
     """Audio is cut or zero-padded to this length in seconds."""
+    audio_features: str = "mel"
+    """What becomes of a sound: one of AUDIO_FEATURES."""
+    mfcc: int = 20
+    """Cepstral coefficients of a spectrum, where audio_features is "mfcc"."""
     mel_bands: int = 40
     """Mel bands of the log-mel spectrogram."""
     mel_frames: int = 0
     """Frames of the log-mel spectrogram; the hop follows from it. 0: one each 16 ms."""
+    video_frames: int = 8
+    """Frames of a video that are kept, spread evenly over it."""
+    video_size: int = 0
+    """Height and width of a frame in pixels."""
     text_tokens: int = 32
     """Words of a text that are kept."""
     vocabulary: int = 4096

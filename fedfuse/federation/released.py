@@ -8,8 +8,8 @@ from typing import Any
 
 from fedfuse import __version__
 from fedfuse.batch import Schema
-from fedfuse.config import RunConfig
-from fedfuse.errors import RunFolderError
+from fedfuse.config import RunConfig, typed
+from fedfuse.errors import ConfigError, RunFolderError
 from fedfuse.models.knowledge import Graph, read_graph
 from fedfuse.models.model import FusionModel, build_model
 from fedfuse.models.spec import ModelConfig
@@ -56,7 +56,7 @@ def open_model(folder: RunFolder, device: str = "cpu") -> tuple[FusionModel, Sch
     weights, text = folder.model()
     try:
         schema = Schema.from_dict({"modalities": text["modality"], "target": text["target"]})
-        config = ModelConfig(**text["model"])
+        config = typed(ModelConfig, text["model"], where=str(folder.path))
         model = build_model(
             schema,
             config,
@@ -64,7 +64,7 @@ def open_model(folder: RunFolder, device: str = "cpu") -> tuple[FusionModel, Sch
             seed=text["seed"],
             graph=Graph.of(text["knowledge"]["triples"]) if "knowledge" in text else None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise RunFolderError(
             f"model.toml does not describe a model: {error!r}",
             where=str(folder.path),

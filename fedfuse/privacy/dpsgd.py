@@ -113,6 +113,13 @@ def check_model(model: nn.Module, clipping: str = "bookkeeping") -> None:
                 where="model",
                 hint="use nn.GroupNorm or nn.LayerNorm",
             )
+        if getattr(module, "mixes_records", False):
+            raise ModelError(
+                f"part {name!r} has a loss over the whole batch, in which one record's gradient "
+                "depends on others",
+                where="model",
+                hint="take model.auxiliary.anchors or alignment",
+            )
         own = [key for key, value in module.named_parameters(recurse=False) if value.requires_grad]
         if own and (wrong := _depends_on_the_batch(module)):
             raise ModelError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfuse.models.fusion.operator import TokenFusion, flags, hide
+from fedfuse.errors import ModelError
+from fedfuse.models.fusion.operator import Place, TokenFusion, flags, hide
 from fedfuse.models.knowledge import Graph
 
 __all__ = ["GraphFusion"]
@@ -58,6 +60,14 @@ class GraphFusion(TokenFusion):
         for mix in mixes:
             nn.init.normal_(mix.weight, std=self.bases**-0.5)
         self.mix = nn.ModuleList(mixes)
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        if place.graph is None:
+            raise ModelError(
+                "there is no graph", where="model.knowledge", hint="name a file of triples"
+            )
+        return cls(place.modalities, place.dim, place.layers, place.graph)
 
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, 2 M D + M)."""

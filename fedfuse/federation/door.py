@@ -140,6 +140,9 @@ class Door:
             _hang_up(line)
         self._path.unlink(missing_ok=True)
         os.close(self._held)
+        with suppress(queue.Empty):
+            while (visit := self._letters.get_nowait()) is not None:
+                visit.end()
         self._letters.put(None)
 
     def _welcome(self) -> None:

@@ -16,7 +16,6 @@ import fcntl
 import logging
 import os
 import queue
-import select
 import socket
 import stat
 import struct
@@ -67,9 +66,11 @@ class Visit:
     @property
     def left(self) -> bool:
         """Whether who brought the letter has gone."""
-        ready, _, _ = select.select([self._line], [], [], 0)
+        self._line.setblocking(False)
         try:
-            return bool(ready) and not self._line.recv(1, socket.MSG_PEEK)
+            return not self._line.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
         except OSError:
             return True
 

@@ -18,7 +18,19 @@ import click
 import typer
 
 from fedfuse import __version__
-from fedfuse.cli import data, doctor, ledger, models, node, plan, predict, report, simulate
+from fedfuse.cli import (
+    data,
+    doctor,
+    explain,
+    export,
+    ledger,
+    models,
+    node,
+    plan,
+    predict,
+    report,
+    simulate,
+)
 from fedfuse.errors import FedfuseError
 
 __all__ = ["app", "main"]
@@ -53,6 +65,8 @@ def _options(
 
 app.command("simulate")(simulate.simulate)
 app.command("predict")(predict.predict)
+app.command("explain")(explain.explain)
+app.command("export")(export.export)
 app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.command("models")(models.models)

@@ -14,6 +14,7 @@ from fedfuse.data.prepare import open_split
 from fedfuse.data.reading import open_reading
 from fedfuse.errors import ConfigError
 from fedfuse.federation.observer import Silent
+from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
@@ -62,6 +63,7 @@ def serve(grid: Grid, config: RunConfig) -> None:
             where="environment",
             hint="the first names the prepared test records, the second the run folder",
         )
+    check_pinned(config)
     key = os.environ.get(KEY_VARIABLE)
     signer = SigningKey.load(Path(key)) if key else None
     settled = settle(config, mean_records=None)

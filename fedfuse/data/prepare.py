@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ class Prepared:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         self.train.save(folder / "train")
-        self.test.save(folder / "test")
+        if len(self.test):
+            self.test.save(folder / "test")
         if self.valid is not None:
             self.valid.save(folder / "valid")
         self.reading.write(folder)
@@ -170,14 +171,20 @@ def open_split(folder: Path, split: str) -> Dataset:
     return Dataset.open(folder / split)
 
 
-def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Prepared:
+def prepare(
+    config: DataConfig, *, seed: int, fingerprints: bool = False, alone: bool = False
+) -> Prepared:
     """The data set that `config` names. `seed` is the partition's.
 
     fingerprints  name each node's records by their content too, which reads every file once more
+    alone         all train records are those of one real node, whatever config.partition says; the
+                  other splits are the server's, and are left out
 
     Raises DataError where the manifest or a file is wrong (with config.skip_bad only where nothing
-    is left), or there are no train or no test records.
+    is left), or there are no train records or, unless `alone`, no test records.
     """
+    if alone:
+        config = replace(config, partition="iid", nodes=1)
     if not config.manifest:
         raise DataError("no manifest is named", where="data.manifest", hint="give its path")
     path = Path(config.manifest)
@@ -195,7 +202,7 @@ def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Pre
     if errors and not config.skip_bad:
         raise refuse(errors, str(path))
     notes = list(layout.notes)
-    splits, reading = _split(layout, decoded, notes)
+    splits, reading = _split(layout, decoded, notes, alone)
     train = splits["train"]
     shards = partition(train, config, seed)
     skipped = decoded.bad_rows if errors else 0
@@ -218,17 +225,20 @@ def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Pre
 
 
 def _split(
-    layout: Layout, decoded: Decoded, notes: list[str]
+    layout: Layout, decoded: Decoded, notes: list[str], alone: bool
 ) -> tuple[dict[str, Dataset], Reading]:
     """The three splits, normalised by what is public, and how any record is read like them."""
     splits = np.array(decoded.splits, dtype=np.str_)
-    for name in ("train", "test"):
+    needed = ("train",) if alone else ("train", "test")
+    for name in needed:
         if name not in decoded.splits:
             raise DataError(
                 f"no good {name} record",
                 where=str(layout.manifest.path),
-                hint="the column split needs train and test",
+                hint=f"the column split needs {' and '.join(needed)}",
             )
+    if alone:
+        splits[splits != "train"] = ""
     held = {name: decoded.target[splits == name].tolist() for name in ("valid", "test")}
     target = with_scale(layout.target, layout.manifest.declaration, held, notes)
     labels = coded_labels(decoded.target, target)

@@ -94,7 +94,7 @@ def check(one: Trainer, job: Job, members: list[Member] = MEMBERS) -> None:
         PLAIN,
         NODE,
         replace(PRIVATE, optimizer="adam", learning_rate=0.01, weight_decay=0.1),
-        replace(PRIVATE, clip_shares="photo=1,walk=2,note=1,row=3", proximal_mu=0.1),
+        replace(PRIVATE, clip_shares="photo=1,walk=2,note=1,row=3,rest=1", proximal_mu=0.1),
         replace(PRIVATE, mechanism=replace(RECORD, count_noise=3.0)),
         replace(PRIVATE, physical_batch=2),
         replace(PLAIN, proximal_mu=0.1),

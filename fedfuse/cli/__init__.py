@@ -1,5 +1,5 @@
 """The command line: `fedfuse simulate`, `fedfuse plan`, `fedfuse data`, `fedfuse models`,
-`fedfuse ledger`, `fedfuse report`, `fedfuse doctor`.
+`fedfuse check`, `fedfuse ledger`, `fedfuse report`, `fedfuse doctor`.
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 unexpected, 2 to 8 the error classes
 of `fedfuse.errors`, 130 interrupted. Torch, Flower and numpy are loaded inside the commands, so
@@ -17,7 +17,7 @@ import click
 import typer
 
 from fedfuse import __version__
-from fedfuse.cli import data, doctor, ledger, models, plan, report, simulate
+from fedfuse.cli import check, data, doctor, ledger, models, plan, report, simulate
 from fedfuse.errors import FedfuseError
 
 __all__ = ["app", "main"]
@@ -54,6 +54,7 @@ app.command("simulate")(simulate.simulate)
 app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.command("models")(models.models)
+app.command("check")(check.check)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(report.app, name="report")
 app.command("doctor")(doctor.doctor)

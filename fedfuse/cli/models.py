@@ -58,6 +58,7 @@ def models(
     Example: fedfuse models --set model.dim=64
     """
     from fedfuse.config import RunConfig
+    from fedfuse.federation.pinning import pin
 
     config = RunConfig.from_toml(scenario) if scenario else RunConfig()
     for change in changes or ():
@@ -65,7 +66,8 @@ def models(
         if not sign:
             raise click.BadParameter(f"--set {change}", param_hint="such as --set model.dim=64")
         config = config.with_values({key: value})
-    schema = _schema(config, data)
+    config = pin(config)
+    schema = schema_of(config, data)
     fusions = list(_fusions(config, schema, knowledge))
     encoders = list(_encoders(config, schema))
     if as_json:
@@ -78,6 +80,11 @@ def models(
         return
     shapes = ", ".join(f"{m.name} {' x '.join(map(str, m.shape))}" for m in schema.modalities)
     click.echo(f"models for {shapes}\n")
+    peak = _peak(config, schema, knowledge) / 1e6
+    click.echo(
+        f"a private step of this scenario's model ({config.model.fusion}), "
+        f"{config.train.physical_batch} records at once, takes {peak:,.0f} MB of tensors\n"
+    )
     for title, listed in (("fusion", fusions), ("encoder", encoders)):
         click.echo(f"{title:<16}{'':<14}{'parameters':>11}{'kFLOP':>9}{'kB/round':>10}  source")
         for each in listed:
@@ -93,7 +100,8 @@ def _line(each: Listed) -> str:
     return f"{each.name:<16}{each.what:<14}{numbers}  {each.paper}".rstrip()
 
 
-def _schema(config: RunConfig, data: Path | None) -> Schema:
+def schema_of(config: RunConfig, data: Path | None) -> Schema:
+    """What records look like: as in a manifest, or as in the demo data."""
     from fedfuse.batch import Kind, Modality, Schema, Target, TargetKind
 
     if data is not None or config.data.manifest:
@@ -114,6 +122,27 @@ def _schema(config: RunConfig, data: Path | None) -> Schema:
         ),
         target=Target(kind=TargetKind.CLASSIFICATION, classes=CLASSES),
     )
+
+
+def _peak(config: RunConfig, schema: Schema, knowledge: Path | None) -> int:
+    """Bytes at the peak of a private step, at most physical_batch records at once."""
+    from fedfuse.models.knowledge import read_graph
+    from fedfuse.models.made import made_batch
+    from fedfuse.models.model import build_model
+    from fedfuse.privacy.memory import peak_of_step
+    from fedfuse.tasks import Task
+
+    vocabulary, train = config.data.vocabulary, config.train
+    graph = read_graph(knowledge) if knowledge else None
+    model = build_model(schema, config.model, vocabulary=vocabulary, graph=graph)
+    peak = peak_of_step(
+        model,
+        made_batch(schema, 4, vocabulary=vocabulary, model=model),
+        Task.of(schema.target, config.model).loss,
+        optimizer=train.optimizer,
+        clipping=config.privacy.clipping,
+    )
+    return peak.at(train.physical_batch)
 
 
 def _fusions(config: RunConfig, schema: Schema, knowledge: Path | None) -> Iterator[Listed]:
@@ -149,7 +178,10 @@ def _encoders(config: RunConfig, schema: Schema) -> Iterator[Listed]:
 
     for modality in schema.modalities:
         kind = modality.kind.value
-        for name in ENCODERS.get(kind, (kind,)):
+        names = ENCODERS.get(kind, (kind,))
+        if config.model.encoder.pretrained(kind):
+            names = (getattr(config.model.encoder, kind), *names)
+        for name in names:
             choice: dict[str, Any] = {kind: name} if kind in ENCODERS else {}
             model = replace(config.model, encoder=replace(config.model.encoder, **choice))
             encoder = build_encoder(modality, model, config.data.vocabulary)

@@ -19,8 +19,11 @@ class Kind(StrEnum):
     IMAGE = "image"
     """(C, H, W) float32 in [0, 1]."""
     AUDIO = "audio"
-    """(n_mels, frames) float32 log-mel spectrogram: each record to mean 0 and deviation 1 by its
-    own frames, 0 after its end. For pretrained encoders (samples,) float32, the waveform."""
+    """(n_mels, frames) float32 log-mel spectrogram, or its cepstrum: each record to mean 0 and
+    deviation 1 by its own frames, 0 after its end. For pretrained encoders (samples,) float32, the
+    waveform."""
+    VIDEO = "video"
+    """(T, C, H, W) float32 in [0, 1]: T frames, evenly over the record."""
     TEXT = "text"
     """(L,) int64 token ids, 0 is padding."""
     SERIES = "series"

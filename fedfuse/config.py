@@ -14,11 +14,10 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import tomli_w
 
-from fedfuse.data.spec import AUDIO_FEATURES, PARTITIONS, DataConfig
+from fedfuse.data.spec import AUDIO_FEATURES, DEMOS, PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
 from fedfuse.models.spec import (
     ABSENT,
-    ATTENTIVE,
     CLASS_WEIGHTS,
     ENCODERS,
     FUSIONS,
@@ -65,6 +64,9 @@ class TrainConfig:
     """0: 0.5 where the run is private (a step's sum is clipped and divided by a public size),
     else 0.05; a tenth of that with adam."""
     momentum: float = 0.9
+    weight_decay: float = 0.0
+    """Added to each gradient times the weight; with adam it shrinks weights beside the step
+    (AdamW). It looks at no record."""
     schedule: str = "cosine"
     """How the learning rate goes over the rounds: one of SCHEDULES."""
     physical_batch: int = 256
@@ -286,6 +288,7 @@ def _check(config: RunConfig) -> None:
     data, model, train = config.data, config.model, config.train
     privacy, federation = config.privacy, config.federation
     for key, text, allowed in (
+        ("data.demo", data.demo, DEMOS),
         ("data.partition", data.partition, PARTITIONS),
         ("data.audio_features", data.audio_features, AUDIO_FEATURES),
         ("model.fusion", model.fusion, FUSIONS),
@@ -318,7 +321,10 @@ def _check(config: RunConfig) -> None:
         ("data.sample_rate", data.sample_rate, 0, 768_000),
         ("data.audio_seconds", data.audio_seconds, 0, 600),
         ("data.mel_bands", data.mel_bands, 4, 512),
+        ("data.mfcc", data.mfcc, 1, data.mel_bands if data.audio_features == "mfcc" else 512),
         ("data.mel_frames", data.mel_frames, 0, 100_000),
+        ("data.video_frames", data.video_frames, 1, 1024),
+        ("data.video_size", data.video_size, 0, 4096),
         ("data.text_tokens", data.text_tokens, 1, 8192),
         ("data.vocabulary", data.vocabulary, 2, 10_000_000),
         ("data.series_steps", data.series_steps, 0, 1_000_000),
@@ -329,6 +335,12 @@ def _check(config: RunConfig) -> None:
         ("model.fusion_rank", model.fusion_rank, 1, 1024),
         ("model.fusion_tokens", model.fusion_tokens, 1, 1024),
         ("model.modality_dropout", model.modality_dropout, 0, 0.95),
+        ("model.time_shift", model.time_shift, 0, 0.5),
+        ("model.image_shift", model.image_shift, 0, 0.5),
+        *(
+            (f"model.auxiliary.{name}", weight, 0, 1e3)
+            for name, weight in asdict(model.auxiliary).items()
+        ),
         ("model.focal_gamma", model.focal_gamma, 0, 16),
         ("model.head_width", model.head_width, 0, 65536),
         ("model.encoder.lora_rank", model.encoder.lora_rank, 1, 1024),
@@ -339,8 +351,14 @@ def _check(config: RunConfig) -> None:
         ("model.audio_terms", model.audio_terms, 0, 512),
         ("model.audio_width", model.audio_width, 1, 4096),
         ("model.audio_depth", model.audio_depth, 1, 8),
+        ("model.video_width", model.video_width, 1, 4096),
+        ("model.video_depth", model.video_depth, 1, 8),
+        ("model.video_terms", model.video_terms, 0, 512),
         ("model.series_width", model.series_width, 1, 4096),
         ("model.series_depth", model.series_depth, 1, 8),
+        ("model.steps_width", model.steps_width, 1, 4096),
+        ("model.steps_layers", model.steps_layers, 1, 64),
+        ("model.steps_heads", model.steps_heads, 1, 64),
         ("model.vector_width", model.vector_width, 1, 65536),
         ("model.text_width", model.text_width, 1, 65536),
         ("model.text_layers", model.text_layers, 1, 64),
@@ -350,6 +368,7 @@ def _check(config: RunConfig) -> None:
         ("train.batch_size", train.batch_size, 1, 1_000_000),
         ("train.learning_rate", train.learning_rate, 0, 1e6),
         ("train.momentum", train.momentum, 0, 0.9999),
+        ("train.weight_decay", train.weight_decay, 0, 1),
         ("train.physical_batch", train.physical_batch, 1, 1_000_000),
         ("privacy.epsilon", privacy.epsilon, 1e-3, 1e3),
         ("privacy.delta", privacy.delta, 1e-30, 0.1),
@@ -376,13 +395,15 @@ def _check(config: RunConfig) -> None:
     ):
         if not low <= number <= high:
             raise ConfigError(f"{key} = {number}, but it must be from {low:g} to {high:g}")
+    encoder = model.encoder
+    attends = "transformer" in (encoder.audio, encoder.video, encoder.series)
     for key, width, heads in (
-        ("model.dim", model.dim, model.fusion_heads if model.fusion in ATTENTIVE else 1),
         (
             "model.text_width",
             model.text_width,
-            model.text_heads if model.encoder.text == "transformer" else 1,
+            model.text_heads if encoder.text == "transformer" else 1,
         ),
+        ("model.steps_width", model.steps_width, model.steps_heads if attends else 1),
     ):
         if width % heads:
             raise ConfigError(f"{key} = {width}, but it must be a multiple of its {heads} heads")
@@ -402,6 +423,19 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(
             f'model.absent = {model.absent!r}, but model.fusion = "early" has no tokens',
             hint='set model.absent = "zero"',
+        )
+    if model.fusion == "early" and model.auxiliary.any:
+        raise ConfigError(
+            'model.auxiliary is about tokens, but model.fusion = "early" has none',
+            hint="take another operator, or leave the section out",
+        )
+    if config.private and model.auxiliary.couples:
+        name = "contrast" if model.auxiliary.contrast else "correlation"
+        raise ConfigError(
+            f"model.auxiliary.{name} couples the records of a batch: one record's gradient depends "
+            "on others, so clipping it bounds nothing",
+            hint="take model.auxiliary.anchors or alignment, which look at one record alone; or "
+            'privacy.unit = "none" and no promise',
         )
     if config.private and federation.weighting == "examples":
         raise ConfigError(

@@ -16,6 +16,7 @@ from torch import nn
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.models.missing import drop_modalities
+from fedfuse.models.shifts import shift_records
 from fedfuse.privacy.central import noisy_count, private_update, unclipped
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
@@ -47,6 +48,9 @@ class Job:
     optimizer: str
     learning_rate: float
     momentum: float
+    weight_decay: float = 0.0
+    """L2 on the weights with SGD, decoupled with Adam (Loshchilov and Hutter 2019,
+    arXiv:1711.05101v3)."""
     proximal_mu: float = 0.0
     """FedProx's mu (Li et al. 2020, arXiv:1812.06127v5); 0 is without."""
     physical_batch: int = 256
@@ -250,7 +254,7 @@ class Trainer:
             count_noise=mechanism.count_noise,
         )
         sampling, rate = NoiseStream(secret, "sampling"), mechanism.sample_rate
-        thin = self._dropout(secret)
+        varied = self._variation(secret)
         drawn: Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]] = (
             ((rows, None) for rows in poisson_batches(len(records), rate, job.steps, sampling))
             if subjects is None
@@ -261,7 +265,7 @@ class Trainer:
             private_step(
                 model,
                 private,
-                thin(records.batch(rows)).to(self.device),
+                varied(records.batch(rows)).to(self.device),
                 self.loss,
                 physical_batch=job.physical_batch,
                 owners=owners,
@@ -283,26 +287,32 @@ class Trainer:
         pull: Callable[[], None] | None,
         secret: bytes,
     ) -> None:
-        order, thin = NoiseStream(secret, "order"), self._dropout(secret)
+        order, varied = NoiseStream(secret, "order"), self._variation(secret)
         for rows in shuffled_batches(len(records), job.batch_size, job.steps, order):
             if len(rows) == 0:
                 return
-            batch = thin(records.batch(rows)).to(self.device)
+            batch = varied(records.batch(rows)).to(self.device)
             optimizer.zero_grad()
             self.loss(self.model(batch), batch.target).mean().backward()
             if pull is not None:
                 pull()
             optimizer.step()
 
-    def _dropout(self, secret: bytes) -> Callable[[Batch], Batch]:
-        """Modality dropout as the model's configuration asks for, from a stream of its own."""
+    def _variation(self, secret: bytes) -> Callable[[Batch], Batch]:
+        """Modality dropout and shifts as the model asks for, each from a stream of its own."""
         chance = float(getattr(self.model, "modality_dropout", 0.0))
-        if chance == 0.0:
-            return lambda batch: batch
-        stream = NoiseStream(secret, "modality dropout")
-        return lambda batch: drop_modalities(
-            batch, chance, stream.uniform(len(batch) * len(batch.present))
-        )
+        shifts = getattr(self.model, "shifts", ())
+        coins, places = NoiseStream(secret, "modality dropout"), NoiseStream(secret, "shifts")
+
+        def varied(batch: Batch) -> Batch:
+            if chance:
+                uniform = coins.uniform(len(batch) * len(batch.present))
+                batch = drop_modalities(batch, chance, uniform)
+            if shifts:
+                batch = shift_records(batch, shifts, places.uniform(len(batch) * len(shifts)))
+            return batch
+
+        return varied
 
     def _prepared(self, clipping: str) -> RecordGradients:
         """The model ready for private steps, which it is made once for each way of clipping."""
@@ -339,5 +349,17 @@ class Trainer:
 def _optimizer(parameters: list[nn.Parameter], job: Job) -> torch.optim.Optimizer:
     if job.optimizer == "adam":
         betas = (job.momentum, 0.999)
-        return torch.optim.Adam(parameters, lr=job.learning_rate, betas=betas, fused=True)
-    return torch.optim.SGD(parameters, lr=job.learning_rate, momentum=job.momentum, fused=True)
+        return torch.optim.AdamW(
+            parameters,
+            lr=job.learning_rate,
+            betas=betas,
+            weight_decay=job.weight_decay,
+            fused=True,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=job.learning_rate,
+        momentum=job.momentum,
+        weight_decay=job.weight_decay,
+        fused=True,
+    )

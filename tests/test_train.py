@@ -162,9 +162,7 @@ def test_device_that_is_not_there_is_a_clear_error() -> None:
     assert pick_device("cpu") == CPU
 
 
-def test_modality_dropout_touches_neither_sampling_nor_noise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_variation_touches_neither_sampling_nor_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     purposes: list[str] = []
 
     class Watched(NoiseStream):
@@ -180,8 +178,24 @@ def test_modality_dropout_touches_neither_sampling_nor_noise(
         one.run(Points(40), PRIVATE, secret=SECRET)
         found.append(one.weights())
     assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
-    assert sorted(purposes[:2]) == ["noise", "sampling"]
-    assert sorted(purposes[2:]) == ["modality dropout", "noise", "sampling"]
+    assert sorted(purposes) == sorted(2 * ["modality dropout", "noise", "sampling", "shifts"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_weight_decay_shrinks_what_no_record_pulls_at(optimizer: str) -> None:
+    one = trainer()
+    before = one.weights()
+    assert PRIVATE.mechanism is not None
+    once = replace(PRIVATE.mechanism, steps=1)
+    job = replace(PRIVATE, steps=1, mechanism=once, optimizer=optimizer, weight_decay=0.2)
+    ends = []
+    for each in (replace(job, weight_decay=0.0), job):
+        one.load(before)
+        one.run(Points(0), each, secret=SECRET)  # noise alone, the same in both
+        ends.append(one.weights())
+    for name, value in before.items():
+        shrunk = ends[0][name] - ends[1][name]
+        np.testing.assert_allclose(shrunk, job.learning_rate * 0.2 * value, rtol=1e-3)
 
 
 @pytest.mark.parametrize("job", [PLAIN, PRIVATE])

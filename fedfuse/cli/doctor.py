@@ -84,7 +84,7 @@ def _packages() -> Iterator[Finding]:
             hint="python -m pip install -e .",
         )
         return
-    for extra in ("", "ray", "partition"):
+    for extra in ("", "ray", "partition", "video"):
         for requirement in map(Requirement, lines):
             marker = requirement.marker
             of_extra = marker is not None and not marker.evaluate({"extra": ""})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ import typer
 from fedfuse.errors import ModelError
 
 if TYPE_CHECKING:
-    from fedfuse.batch import Schema
+    from fedfuse.batch import Modality, Schema
     from fedfuse.config import RunConfig
 
 
@@ -67,19 +68,23 @@ def models(
             raise click.BadParameter(f"--set {change}", param_hint="such as --set model.dim=64")
         config = config.with_values({key: value})
     config = pin(config)
-    schema = schema_of(config, data)
+    schema, others = schema_of(config, data), _others(config, data)
     fusions = list(_fusions(config, schema, knowledge))
-    encoders = list(_encoders(config, schema))
+    encoders = list(_encoders(config, (*schema.modalities, *others)))
     if as_json:
         tree = {
-            "modalities": {m.name: {"kind": m.kind, "shape": m.shape} for m in schema.modalities},
+            "modalities": {
+                m.name: {"kind": m.kind, "shape": m.shape} for m in (*schema.modalities, *others)
+            },
             "fusions": [asdict(each) for each in fusions],
             "encoders": [asdict(each) for each in encoders],
         }
         click.echo(json.dumps(tree, indent=2))
         return
-    shapes = ", ".join(f"{m.name} {' x '.join(map(str, m.shape))}" for m in schema.modalities)
-    click.echo(f"models for {shapes}\n")
+    click.echo(f"models for {_shapes(schema.modalities)}")
+    if others:
+        click.echo(f"encoders also for {_shapes(others)}")
+    click.echo("")
     peak = _peak(config, schema, knowledge) / 1e6
     click.echo(
         f"a private step of this scenario's model ({config.model.fusion}), "
@@ -90,6 +95,10 @@ def models(
         for each in listed:
             click.echo(_line(each))
         click.echo("")
+
+
+def _shapes(modalities: Sequence[Modality]) -> str:
+    return ", ".join(f"{m.name} {' x '.join(map(str, m.shape))}" for m in modalities)
 
 
 def _line(each: Listed) -> str:
@@ -103,13 +112,20 @@ def _line(each: Listed) -> str:
 def schema_of(config: RunConfig, data: Path | None) -> Schema:
     """What records look like: as in a manifest, or as in the demo data."""
     from fedfuse.batch import Kind, Modality, Schema, Target, TargetKind
+    from fedfuse.data.layout import plan
+    from fedfuse.data.manifest import read_manifest
 
-    if data is not None or config.data.manifest:
-        from fedfuse.data.layout import plan
-        from fedfuse.data.manifest import read_manifest
-
-        layout = plan(read_manifest(data or Path(config.data.manifest)), config.data)
+    manifest = data or (Path(config.data.manifest) if config.data.manifest else None)
+    if manifest is not None:
+        layout = plan(read_manifest(manifest), config.data)
         return layout.schema(layout.target)
+    if config.data.demo != "inspection":
+        from fedfuse.data.scenes import make
+
+        with tempfile.TemporaryDirectory() as folder:
+            made = make(config.data.demo, Path(folder), records=20)
+            layout = plan(read_manifest(made), config.data)
+            return layout.schema(layout.target)
     from fedfuse.data.audio import HOP_S
     from fedfuse.data.demo import CLASSES, RATE, SAMPLES, SIZE
 
@@ -145,14 +161,29 @@ def _peak(config: RunConfig, schema: Schema, knowledge: Path | None) -> int:
     return peak.at(train.physical_batch)
 
 
+def _others(config: RunConfig, data: Path | None) -> tuple[Modality, ...]:
+    """A modality of each kind that the demo data does not have."""
+    from fedfuse.batch import Kind, Modality
+
+    if data is not None or config.data.manifest:
+        return ()
+    size = config.data.video_size or 64
+    return (
+        Modality(name="video", kind=Kind.VIDEO, shape=(config.data.video_frames, 3, size, size)),
+        Modality(name="series", kind=Kind.SERIES, shape=(config.data.series_steps or 64, 6)),
+        Modality(name="vector", kind=Kind.VECTOR, shape=(64,)),
+        Modality(name="table", kind=Kind.TABLE, shape=(32,)),
+    )
+
+
 def _fusions(config: RunConfig, schema: Schema, knowledge: Path | None) -> Iterator[Listed]:
     from fedfuse.models.cost import cost_of
-    from fedfuse.models.fusion import OPERATORS
     from fedfuse.models.knowledge import read_graph
     from fedfuse.models.model import build_model
+    from fedfuse.models.spec import FUSIONS
 
     graph = read_graph(knowledge) if knowledge else None
-    for name in OPERATORS:
+    for name in FUSIONS:
         model = replace(
             config.model, fusion=name, absent="zero" if name == "early" else config.model.absent
         )
@@ -171,12 +202,12 @@ def _fusions(config: RunConfig, schema: Schema, knowledge: Path | None) -> Itera
         yield Listed(name=name, what=built.fusion.level, paper=paper, **cost)
 
 
-def _encoders(config: RunConfig, schema: Schema) -> Iterator[Listed]:
+def _encoders(config: RunConfig, modalities: Sequence[Modality]) -> Iterator[Listed]:
     from fedfuse.models.cost import cost_of_encoder
     from fedfuse.models.encoders import build_encoder
     from fedfuse.models.spec import ENCODERS
 
-    for modality in schema.modalities:
+    for modality in modalities:
         kind = modality.kind.value
         names = ENCODERS.get(kind, (kind,))
         if config.model.encoder.pretrained(kind):
@@ -186,7 +217,8 @@ def _encoders(config: RunConfig, schema: Schema) -> Iterator[Listed]:
             model = replace(config.model, encoder=replace(config.model.encoder, **choice))
             encoder = build_encoder(modality, model, config.data.vocabulary)
             cost = asdict(cost_of_encoder(encoder, modality))
-            yield Listed(name=name, what=modality.name, paper=_paper(encoder.__doc__), **cost)
+            docs = " ".join(part.__doc__ or "" for part in encoder.modules())
+            yield Listed(name=name, what=modality.name, paper=_paper(docs), **cost)
 
 
 def _paper(doc: str | None) -> str:

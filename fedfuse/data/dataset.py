@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedfuse.batch import Batch, Kind, Modality, Schema
+from fedfuse.batch import Batch, Modality, Schema
 from fedfuse.errors import DataError
 
 __all__ = ["Column", "Dataset", "Rows"]
@@ -124,8 +124,7 @@ class Dataset:
 
     def contents(self, name: str, places: slice) -> Tensor:
         """Stored contents of a modality, as batches have them: (n, *shape)."""
-        modality = next(m for m in self.schema.modalities if m.name == name)
-        return _tensor(modality, self._columns[name].values[places])
+        return _tensor(self._columns[name].values[places])
 
     def with_features(self, features: Mapping[str, NDArray[np.float32]]) -> Dataset:
         """The same records, with features (U, ...) in place of a modality's `different` contents;
@@ -201,14 +200,14 @@ class Dataset:
         values = np.zeros((len(own), *column.values.shape[1:]), dtype=column.values.dtype)
         if seen.any():
             values[seen] = column.values[index[seen]]
-        return _tensor(modality, values), torch.from_numpy(seen)
+        return _tensor(values), torch.from_numpy(seen)
 
 
-def _tensor(modality: Modality, values: NDArray[np.generic]) -> Tensor:
+def _tensor(values: NDArray[np.generic]) -> Tensor:
     """Stored values as the model takes them."""
-    if modality.kind is Kind.TEXT and values.dtype.kind != "f":
+    if values.dtype.kind == "i":
         return torch.from_numpy(values.astype(np.int64))
-    if modality.kind is Kind.IMAGE and values.dtype == np.uint8:
+    if values.dtype == np.uint8:
         return torch.from_numpy(values.astype(np.float32)).div_(255)  # stored as bytes
     return torch.from_numpy(values.astype(np.float32))
 

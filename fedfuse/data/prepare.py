@@ -21,14 +21,12 @@ from fedfuse.data.fingerprint import of_records
 from fedfuse.data.layout import Layout, plan
 from fedfuse.data.manifest import Manifest, read_manifest
 from fedfuse.data.media import looks_like_path
-from fedfuse.data.normalise import normalise
+from fedfuse.data.normalise import Scale, find_scale
 from fedfuse.data.partition import NodeShard, partition
 from fedfuse.data.problem import refuse
-from fedfuse.data.series import SeriesSpec
+from fedfuse.data.reading import Channel, Reading, on_scale
 from fedfuse.data.spec import DataConfig
-from fedfuse.data.table import TableSpec, with_flags
 from fedfuse.data.target import coded_labels, with_scale
-from fedfuse.data.vector import VectorSpec
 from fedfuse.errors import DataError
 
 __all__ = ["Prepared", "fingerprint_of", "open_node", "open_split", "prepare"]
@@ -47,6 +45,7 @@ class Prepared:
     """
 
     schema: Schema
+    reading: Reading
     train: Dataset
     test: Dataset
     valid: Dataset | None
@@ -72,6 +71,7 @@ class Prepared:
         self.test.save(folder / "test")
         if self.valid is not None:
             self.valid.save(folder / "valid")
+        self.reading.write(folder)
         _write_nodes(folder, self.shards, self.node_fingerprints or ("",) * len(self.shards))
 
 
@@ -195,7 +195,7 @@ def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Pre
     if errors and not config.skip_bad:
         raise refuse(errors, str(path))
     notes = list(layout.notes)
-    splits = _split(layout, decoded, notes)
+    splits, reading = _split(layout, decoded, notes)
     train = splits["train"]
     shards = partition(train, config, seed)
     skipped = decoded.bad_rows if errors else 0
@@ -203,6 +203,7 @@ def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Pre
     notes += _about(decoded, layout, config, splits, shards, skipped, shared, repeated)
     return Prepared(
         schema=train.schema,
+        reading=reading,
         train=train,
         test=splits["test"],
         valid=splits["valid"] if len(splits["valid"]) else None,
@@ -216,8 +217,10 @@ def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Pre
     )
 
 
-def _split(layout: Layout, decoded: Decoded, notes: list[str]) -> dict[str, Dataset]:
-    """The three splits, normalised by what is public."""
+def _split(
+    layout: Layout, decoded: Decoded, notes: list[str]
+) -> tuple[dict[str, Dataset], Reading]:
+    """The three splits, normalised by what is public, and how any record is read like them."""
     splits = np.array(decoded.splits, dtype=np.str_)
     for name in ("train", "test"):
         if name not in decoded.splits:
@@ -229,7 +232,14 @@ def _split(layout: Layout, decoded: Decoded, notes: list[str]) -> dict[str, Data
     held = {name: decoded.target[splits == name].tolist() for name in ("valid", "test")}
     target = with_scale(layout.target, layout.manifest.declaration, held, notes)
     labels = coded_labels(decoded.target, target)
-    columns = _columns(layout, decoded, splits == "valid", notes)
+    channels = _channels(layout, decoded, splits == "valid", notes)
+    columns = {
+        name: Column(
+            values if one.scale is None else on_scale(values, one.spec, one.scale),
+            decoded.index[name],
+        )
+        for (name, values), one in zip(decoded.values.items(), channels, strict=True)
+    }
     cells = {
         name: np.array([row.cells.get(name, "") for row in decoded.rows], dtype=np.str_)
         for name in ("id", "client", "subject")
@@ -237,26 +247,27 @@ def _split(layout: Layout, decoded: Decoded, notes: list[str]) -> dict[str, Data
     everything = Dataset(
         layout.schema(target), columns, labels, cells["id"], cells["client"], cells["subject"]
     )
-    return {
+    parts = {
         name: everything.take(np.flatnonzero(splits == name).astype(np.int64))
         for name in ("train", "valid", "test")
     }
+    return parts, Reading(channels=channels, target=target)
 
 
-def _columns(
+def _channels(
     layout: Layout, decoded: Decoded, valid: NDArray[np.bool_], notes: list[str]
-) -> dict[str, Column]:
-    columns = {}
+) -> tuple[Channel, ...]:
+    """Each modality with its scale, where its values are measurements."""
+    channels = []
     for source, spec in zip(layout.sources, layout.specs, strict=True):
-        values, index = decoded.values[source.name], decoded.index[source.name]
-        if isinstance(spec, VectorSpec | SeriesSpec | TableSpec):
-            raw = values.astype(np.float32, copy=False)
-            public = index[valid]
-            coded = spec.coded if isinstance(spec, TableSpec) else None
-            scaled = normalise(raw, source.declared, raw[public[public >= 0]], coded, notes)
-            values = with_flags(scaled) if isinstance(spec, TableSpec) else np.nan_to_num(scaled)
-        columns[source.name] = Column(values, index)
-    return columns
+        scale: Scale | None = None
+        if spec.measured:
+            raw = decoded.values[source.name].astype(np.float32, copy=False)
+            public = decoded.index[source.name][valid]
+            width = raw.shape[-1]
+            scale = find_scale(width, source.declared, raw[public[public >= 0]], notes)
+        channels.append(Channel(source=source, spec=spec, scale=scale))
+    return tuple(channels)
 
 
 def _about(

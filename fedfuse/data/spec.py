@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AUDIO_FEATURES", "PARTITIONS", "DataConfig"]
+__all__ = ["AUDIO_FEATURES", "DEMOS", "PARTITIONS", "DataConfig"]
 
+DEMOS = (
+    "inspection", "multimedia", "interactive", "medical", "security", "recommendation", "sentiment",
+)  # fmt: skip
+"""Data sets that are made on the spot; see `scenes/`."""
 PARTITIONS = ("client", "iid", "dirichlet", "quantity", "modality")
-AUDIO_FEATURES = ("mel", "wave")
+AUDIO_FEATURES = ("mel", "mfcc", "wave")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +22,9 @@ class DataConfig:
     """
 
     manifest: str = ""
-    """Path of the manifest (CSV, JSONL, Parquet). Empty: the demo data set is made."""
+    """Path of the manifest (CSV, JSONL, Parquet). Empty: a demo data set is made."""
+    demo: str = "inspection"
+    """Which one: one of DEMOS. A manifest goes before it."""
     modalities: tuple[str, ...] = ()
     """The modalities to use, by column name. Empty: all."""
     skip_bad: bool = False
@@ -40,12 +46,18 @@ class DataConfig:
     audio_seconds: float = 0.0
     """Audio is cut or zero-padded to this length in seconds."""
     audio_features: str = "mel"
-    """What of a sound goes to the model: its log-mel spectrogram, or for pretrained encoders
-    "wave", the samples themselves."""
+    """What becomes of a sound, one of AUDIO_FEATURES: its log-mel spectrogram, its mel cepstrum, or
+    for pretrained encoders "wave", the samples themselves."""
+    mfcc: int = 20
+    """Cepstral coefficients of a spectrum, where audio_features is "mfcc"."""
     mel_bands: int = 40
     """Mel bands of the log-mel spectrogram."""
     mel_frames: int = 0
     """Frames of the log-mel spectrogram; the hop follows from it. 0: one each 16 ms."""
+    video_frames: int = 8
+    """Frames of a video that are kept, spread evenly over it."""
+    video_size: int = 0
+    """Height and width of a frame in pixels."""
     text_tokens: int = 32
     """Words of a text that are kept."""
     vocabulary: int = 4096

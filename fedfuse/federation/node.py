@@ -45,6 +45,7 @@ from fedfuse.federation.wire import (
     decode,
     event_of,
 )
+from fedfuse.models.auxiliary import training_loss
 from fedfuse.models.model import build_model, count_parameters
 from fedfuse.privacy.noise import NoiseStream, round_secret
 from fedfuse.privacy.spec import Unit
@@ -166,7 +167,9 @@ def new_trainer(config: RunConfig, schema: Schema, *, worker: int = 0) -> Traine
     """A trainer whose weights are the first ones of a run."""
     model = build_model(schema, config.model, vocabulary=config.data.vocabulary, seed=config.seed)
     device = pick_device(config.train.device, worker)
-    return Trainer(model, Task.of(schema.target, config.model).loss, device)
+    task = Task.of(schema.target, config.model)
+    loss = training_loss(task.loss, config.model.auxiliary, schema.target, len(schema.names))
+    return Trainer(model, loss, device)
 
 
 @lru_cache(maxsize=16)

@@ -151,6 +151,7 @@ def job_of(config: RunConfig, mechanism: Mechanism | None, round: int) -> Job:
         optimizer=train.optimizer,
         learning_rate=learning_rate(train, round),
         momentum=train.momentum,
+        weight_decay=train.weight_decay,
         proximal_mu=config.federation.proximal_mu if fedprox else 0.0,
         physical_batch=train.physical_batch,
         batch_size=train.batch_size,

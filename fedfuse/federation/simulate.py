@@ -86,6 +86,7 @@ def simulate(
         prepared.write(store)
         names = tuple(shard.name for shard in prepared.shards)
         schema, fingerprint, notes = prepared.schema, prepared.fingerprint, prepared.notes
+        reading, has_valid = prepared.reading, prepared.valid is not None
         del prepared  # from here on it is memory-mapped
         books = open_ledgers(ledgers, names) if ledgers is not None else ()
         folder = RunFolder.create(out, config, resume=resume)
@@ -97,6 +98,8 @@ def simulate(
                 folder=folder,
                 schema=schema,
                 test=open_split(store, "test"),
+                valid=open_split(store, "valid") if has_valid else None,
+                reading=reading,
                 observer=observer,
                 nodes=names,
                 last=config.train.rounds,
@@ -164,12 +167,12 @@ def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool)
 
 
 def _prepare(config: RunConfig, temporary: Path, *, fingerprints: bool) -> Prepared:
-    """The data that `config` names; without a manifest, the demo data set."""
+    """The data that `config` names; without a manifest, a demo data set."""
     data = config.data
     if not data.manifest:
-        from fedfuse.data.demo import make_demo
+        from fedfuse.data.scenes import make
 
-        manifest = make_demo(temporary / "demo", seed=config.seed)
+        manifest = make(data.demo, temporary / "demo", seed=config.seed)
         data = dataclasses.replace(data, manifest=str(manifest))
     return prepare(data, seed=config.seed, fingerprints=fingerprints)
 
@@ -181,7 +184,7 @@ def _refuse_repeats(config: RunConfig, prepared: Prepared) -> None:
             f"{prepared.repeated_subjects} subjects have several records, so a promise for one "
             "record does not cover one person",
             where="data.manifest",
-            hint="keep one record of each subject, or set privacy.records_are_units = true",
+            hint="take --unit subject, or set privacy.records_are_units = true to protect a record",
         )
 
 

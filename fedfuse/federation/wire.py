@@ -309,6 +309,7 @@ class TrainRequest:
             ("steps", job.steps, 1, 1_000_000),
             ("learning_rate", job.learning_rate, 0.0, 1e6),
             ("momentum", job.momentum, 0.0, 0.9999),
+            ("weight_decay", job.weight_decay, 0.0, 1.0),
             ("proximal_mu", job.proximal_mu, 0.0, 1e6),
             ("physical_batch", job.physical_batch, 1, 1_000_000),
             ("batch_size", job.batch_size, 1, 1_000_000),

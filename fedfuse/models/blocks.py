@@ -63,7 +63,7 @@ class TransformerBlock(nn.Module):
 
 class CrossBlock(nn.Module):
     """Pre-norm attention of one sequence to another, and a feed-forward layer: the cross-modal
-    block of Tsai et al. 2019 (arXiv:1906.00295v1, equations 1, 4 and 5)."""
+    block of Tsai et al. 2019 (arXiv:1906.00295v1, sections 3.1 and 3.2)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()

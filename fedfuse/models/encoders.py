@@ -6,19 +6,20 @@ activations, which keep per-record gradients small (Papernot et al. 2021, arXiv:
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedfuse.batch import Kind, Modality
 from fedfuse.models.blocks import groups_for
+from fedfuse.models.cosines import cosine_terms, cosines
 from fedfuse.models.encoder import Encoder, Features
 from fedfuse.models.spec import ModelConfig
-from fedfuse.models.text import TextBag, TextGru, TextTransformer, Words
+from fedfuse.models.steps import SoundSteps, StepsEncoder
+from fedfuse.models.text import TextBag, TextSteps, Words
+from fedfuse.models.video import VideoPool, VideoSteps
 
-__all__ = ["build_encoder", "cosines", "summary_of_series"]
+__all__ = ["as_plane", "build_encoder", "summary_of_series"]
 
 _STEPS = 16
 
@@ -30,19 +31,27 @@ def build_encoder(
 
     `sequence`: it can also give tokens of the record's parts; see `Encoder`.
     """
-    shape = modality.shape
     if config.encoder.pretrained(modality.kind.value):
         # transformers is loaded by those alone who ask for it.
         from fedfuse.models.backbone import PretrainedEncoder
 
         return PretrainedEncoder(modality, config, vocabulary, sequence=sequence)
+    shape, name = modality.shape, getattr(config.encoder, modality.kind.value, "")
     match modality.kind:
         case Kind.IMAGE:
             layers = (config.image_width, config.image_depth, config.image_terms)
             return PlaneEncoder(shape, *layers, config.dim, sequence=sequence)
+        case Kind.AUDIO if name != "cnn":
+            return SoundSteps(shape[0], name, config, sequence=sequence)
         case Kind.AUDIO:
             layers = (config.audio_width, config.audio_depth, config.audio_terms)
             return PlaneEncoder((1, *shape), *layers, config.dim, sequence=sequence)
+        case Kind.VIDEO if name != "pool":
+            return VideoSteps(shape, name, config, sequence=sequence)
+        case Kind.VIDEO:
+            return VideoPool(shape, config, sequence=sequence)
+        case Kind.SERIES if name != "cnn":
+            return StepsEncoder(shape[1], name, config, sequence=sequence)
         case Kind.SERIES:
             return SeriesEncoder(
                 shape, config.series_width, config.series_depth, config.dim, sequence=sequence
@@ -51,26 +60,17 @@ def build_encoder(
             return VectorEncoder(shape[0], config.vector_width, config.dim)
         case Kind.TEXT:
             words = Words(vocabulary, config.text_width, learned=config.learned_words)
-            match config.encoder.text:
-                case "transformer":
-                    return TextTransformer(words, config, sequence=sequence)
-                case "gru":
-                    return TextGru(words, config, sequence=sequence)
-                case _:
-                    return TextBag(words, config, sequence=sequence)
+            if name != "bag":
+                return TextSteps(words, name, config, sequence=sequence)
+            return TextBag(words, config, sequence=sequence)
 
 
 class PlaneEncoder(Encoder):
     """Strided 3 x 3 convolutions over an image (C, H, W) or a log-mel spectrogram (bands, frames),
-    beside fixed cosine terms of it.
+    beside fixed cosine terms of it (see `cosines`; Tramer and Boneh 2021, arXiv:2011.11660v3).
 
     An image is brought to zero mean and unit variance by its own statistics first; spectrograms
     come so from the decoder, which knows where the sound ends.
-
-    Cosine terms (Ahmed, Natarajan and Rao 1974; over the bands of a log-mel spectrogram: its mel
-    cepstrum, Davis and Mermelstein 1980) have no parameters, so they learn nothing of anybody and
-    carry no noise: with a promise, good fixed features are worth more than deep learned ones
-    (Tramer and Boneh 2021, arXiv:2011.11660v3).
     """
 
     rows: Tensor
@@ -120,20 +120,6 @@ class PlaneEncoder(Encoder):
 def as_plane(x: Tensor) -> Tensor:
     """(B, C, H, W) or (B, bands, frames) -> (B, C, H, W), an image by its own mean and variance."""
     return F.layer_norm(x, x.shape[1:], eps=1e-4) if x.dim() == 4 else x.unsqueeze(1)
-
-
-def cosine_terms(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(B, C, H, W), (K, H), (L, W) -> (B, C K L), of a deviation of one half."""
-    terms = torch.einsum("kh,bchw,lw->bckl", rows, x, columns).flatten(1)
-    return 0.5 * F.layer_norm(terms, terms.shape[1:])
-
-
-def cosines(length: int, terms: int) -> Tensor:
-    """(min(terms, length), length): the first rows of the orthogonal DCT-II, but for the scale of
-    row 0."""
-    place = torch.arange(length, dtype=torch.float64) + 0.5
-    order = torch.arange(min(terms, length))[:, None]
-    return (torch.cos(math.pi * order * place / length) * math.sqrt(2 / length)).float()
 
 
 class SeriesEncoder(Encoder):

@@ -31,7 +31,7 @@ def made_batch(
         match modality.kind:
             case Kind.TEXT:
                 inputs[modality.name] = torch.randint(1, vocabulary, shape, generator=draw)
-            case Kind.IMAGE:
+            case Kind.IMAGE | Kind.VIDEO:
                 inputs[modality.name] = torch.rand(shape, generator=draw)
             case _:
                 inputs[modality.name] = torch.randn(shape, generator=draw)

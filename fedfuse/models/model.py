@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.batch import Batch, Schema
+from fedfuse.models.auxiliary import Auxiliary
 from fedfuse.models.blocks import sinusoids
 from fedfuse.models.encoder import Encoder
 from fedfuse.models.encoders import build_encoder
 from fedfuse.models.fusion import EarlyFusion, Place, SequenceFusion, build_fusion
+from fedfuse.models.fusion.late import LateFusion
 from fedfuse.models.fusion.operator import hide
 from fedfuse.models.knowledge import Graph, read_graph
 from fedfuse.models.raw import RawFeatures, raw_width
+from fedfuse.models.shifts import shifts_of
 from fedfuse.models.spec import ModelConfig
 
 __all__ = ["FusionModel", "build_model", "count_parameters"]
@@ -30,6 +33,7 @@ class FusionModel(nn.Module):
         super().__init__()
         self.names = schema.names
         self.modality_dropout = config.modality_dropout
+        self.shifts = shifts_of(schema, config)
         outputs = schema.target.outputs
         fusion = build_fusion(
             Place(
@@ -56,17 +60,39 @@ class FusionModel(nn.Module):
         )
         self.fusion = fusion
         self.head = _head(fusion.width, config.head_width, outputs)
+        self.auxiliary = (
+            Auxiliary(
+                config.auxiliary,
+                schema.target,
+                len(self.names),
+                config.dim,
+                heads=not isinstance(fusion, LateFusion),
+            )
+            if config.auxiliary.any
+            else None
+        )
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, outputs): logits, or the target in public units."""
+        """(B, outputs): logits, or the target in public units. In training, with auxiliary losses,
+        the columns of `Auxiliary` come after them."""
         seen = torch.stack([batch.present[name] for name in self.names], 1)
         if isinstance(self.fusion, EarlyFusion):
-            fused = self.fusion(self._raw(batch), seen)
-        elif isinstance(self.fusion, SequenceFusion):
-            fused = self.fusion(*self._sequences(batch, seen))
+            return self.head(self.fusion(self._raw(batch), seen))  # type: ignore[no-any-return]
+        if isinstance(self.fusion, SequenceFusion):
+            tokens, masks = self._sequences(batch, seen)
+            fused = self.fusion(tokens, masks)
         else:
-            fused = self.fusion(*self._tokens(batch, seen))
-        return self.head(fused)  # type: ignore[no-any-return]
+            z, visible = self._tokens(batch, seen)
+            fused = self.fusion(z, visible)
+        outputs: Tensor = self.head(fused)
+        if self.auxiliary is None or not self.training:
+            return outputs
+        if isinstance(self.fusion, SequenceFusion):
+            z = torch.stack([each[:, 0] for each in tokens], 1)
+        own = None
+        if isinstance(self.fusion, LateFusion) and self.auxiliary.config.unimodal:
+            own = self.fusion.said(z)
+        return torch.cat([outputs, self.auxiliary(z, seen, own)], 1)
 
     def part_of(self, parameter: str) -> str:
         """The modality that alone a parameter (by its name in the model) serves, or "rest"."""

@@ -5,24 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 __all__ = [
-    "ABSENT", "ATTENTIVE", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "PRETRAINED",
-    "PRETRAINED_KINDS", "TUNINGS", "EncoderConfig", "ModelConfig",
+    "ABSENT", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "PRETRAINED", "PRETRAINED_KINDS",
+    "TUNINGS", "AuxiliaryConfig", "EncoderConfig", "ModelConfig",
 ]  # fmt: skip
 
-FUSIONS = (
-    "concat", "sum", "gated", "mlp", "multiplicative", "tensor", "low-rank", "film", "attention",
-    "cross-attention", "co-attention", "bottleneck", "experts", "graph", "late", "early",
-)  # fmt: skip
-"""The names alone, for whoever needs no torch; the operators are in `fusion.OPERATORS`."""
-ATTENTIVE = ("attention", "cross-attention", "co-attention", "bottleneck")
-"""Those with attention heads, which divide the width of a token."""
+FUSIONS = {
+    "concat": "concat.ConcatFusion",
+    "sum": "weighted.SumFusion",
+    "gated": "weighted.GatedFusion",
+    "mlp": "concat.MlpFusion",
+    "multiplicative": "tensor.MultiplicativeFusion",
+    "tensor": "tensor.TensorFusion",
+    "low-rank": "tensor.LowRankFusion",
+    "film": "film.FilmFusion",
+    "attention": "attention.AttentionFusion",
+    "cross-attention": "crossmodal.CrossAttentionFusion",
+    "co-attention": "crossmodal.CoAttentionFusion",
+    "bottleneck": "bottleneck.BottleneckFusion",
+    "experts": "late.ExpertsFusion",
+    "graph": "graph.GraphFusion",
+    "late": "late.LateFusion",
+    "early": "concat.RawFusion",
+}
+"""Each fusion operator: its file under `fedfuse/models/fusion/` and its class there, imported where
+a model is built. Whoever reads a configuration needs the names alone, and no torch."""
 ABSENT = ("zero", "learned")
 LOSSES = ("auto", "cross-entropy", "focal", "mse", "mae", "huber")
 CLASS_WEIGHTS = ("none", "priors")
 ENCODERS = {
     "image": ("cnn",),
-    "audio": ("cnn",),
-    "series": ("cnn",),
+    "audio": ("cnn", "gru", "transformer"),
+    "video": ("pool", "gru", "transformer"),
+    "series": ("cnn", "gru", "transformer"),
     "text": ("bag", "transformer", "gru"),
 }
 """The encoders of each kind of modality that has a choice, or may have; the first one is taken."""
@@ -39,6 +53,7 @@ class EncoderConfig:
 
     image: str = "cnn"
     audio: str = "cnn"
+    video: str = "pool"
     series: str = "cnn"
     text: str = "bag"
     text_sha256: str = ""
@@ -59,6 +74,35 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuxiliaryConfig:
+    """Weights of losses beside the fused one, in training alone; 0 is without. `auxiliary.py` says
+    what each is, and what it does to the guarantee."""
+
+    unimodal: float = 0.0
+    """Each modality's own head, of those that are there."""
+    reconstruction: float = 0.0
+    """Each modality's token from those of the others."""
+    alignment: float = 0.0
+    """A record's tokens near each other."""
+    anchors: float = 0.0
+    """Each token near the public anchor of its class."""
+    contrast: float = 0.0
+    """In-batch contrast: couples records, so for unit "none" alone."""
+    correlation: float = 0.0
+    """Canonical correlation over the batch: likewise."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is any."""
+        return any(getattr(self, name) for name in self.__dataclass_fields__)
+
+    @property
+    def couples(self) -> bool:
+        """Whether a record's gradient depends on other records."""
+        return bool(self.contrast or self.correlation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Widths and depths of the encoders, the fusion and the head."""
 
@@ -69,7 +113,7 @@ class ModelConfig:
     fusion_layers: int = 1
     """Layers of the operators that have layers."""
     fusion_heads: int = 4
-    """Attention heads of ATTENTIVE operators; divides dim."""
+    """Attention heads of the operators that have them; divides dim."""
     fusion_width: int = 0
     """What mlp, multiplicative, low-rank and early give. 0: as wide as dim."""
     fusion_rank: int = 8
@@ -85,10 +129,16 @@ class ModelConfig:
     trained token in its place."""
     modality_dropout: float = 0.0
     """Chance that a modality of a record is left out of a training step, never all of a record."""
+    time_shift: float = 0.0
+    """The most by which a sound or series is moved in time in a training step, either way, as a
+    share of its length."""
+    image_shift: float = 0.0
+    """The same of an image or video, along both of its sides."""
     head_width: int = 32
     """Hidden units of the head; 0 makes it linear."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
 
     image_width: int = 8
     """Channels of the first image convolution; each further layer doubles them."""
@@ -102,10 +152,22 @@ class ModelConfig:
     """Convolutions of the audio encoder."""
     audio_terms: int = 18
     """The same of a spectrogram: over frequency that is its cepstrum."""
+    video_width: int = 8
+    """Channels of the first convolution over each frame."""
+    video_depth: int = 3
+    """Convolutions over each frame."""
+    video_terms: int = 6
+    """Cosine terms of each frame in each direction."""
     series_width: int = 16
     """Channels of the first convolution over time."""
     series_depth: int = 2
     """Convolutions of the series encoder."""
+    steps_width: int = 32
+    """Width of a step in the GRU or Transformer of a sound, a video or a series."""
+    steps_layers: int = 1
+    """Their layers."""
+    steps_heads: int = 2
+    """Attention heads; divides steps_width."""
     vector_width: int = 32
     """Hidden units of the encoder of vectors and tables."""
     text_width: int = 64

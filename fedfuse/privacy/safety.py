@@ -90,6 +90,13 @@ def problems(model: nn.Module, clipping: str = "bookkeeping") -> Iterator[Findin
                 what=f"layer {name!r} is a {kind}, which mixes records or keeps statistics of them",
                 hint="use nn.GroupNorm or nn.LayerNorm",
             )
+        if getattr(module, "mixes_records", False):
+            yield Finding(
+                where=name,
+                what=f"part {name!r} has a loss over the whole batch, in which one record's "
+                "gradient depends on others",
+                hint="take model.auxiliary.anchors or alignment",
+            )
         own = [key for key, value in module.named_parameters(recurse=False) if value.requires_grad]
         if own and (wrong := _depends_on_the_batch(module)):
             yield Finding(
@@ -194,7 +201,7 @@ def _by_running(model: nn.Module, batch: Batch, loss: Any, clipping: str) -> Ite
     if mixed is not None:
         yield mixed
         return
-    model.eval()
+    _without_chance(model, batch)
     try:
         alone = torch.cat([_as_rows(model(batch[slice(i, i + 1)])) for i in range(len(batch))])
     except Exception as error:
@@ -211,6 +218,21 @@ def _by_running(model: nn.Module, batch: Batch, loss: Any, clipping: str) -> Ite
         wrong = [*_engine(model, batch, loss)]
         yield from wrong or _taken_whole(model)
     yield from _idle(model, batch, loss)
+
+
+def _without_chance(model: nn.Module, batch: Batch) -> None:
+    """Takes dropout off and leaves the model in training; in eval mode where chance is left."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0  # type: ignore[assignment]
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        outputs.append(model(batch))
+    if _apart(*outputs):
+        model.eval()
 
 
 def _fails(what: str, error: Exception) -> Finding:

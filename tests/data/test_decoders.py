@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -15,10 +16,11 @@ from fedfuse.data.image import ImageSpec, image_facts, read_image
 from fedfuse.data.inline import number, numbers
 from fedfuse.data.media import media_path, read_array
 from fedfuse.data.series import SeriesSpec, fit_series
-from fedfuse.data.table import TableColumn, TableSpec, fit_table, read_cells, with_flags
+from fedfuse.data.table import TableColumn, TableSpec, fit_table, read_cells, unknown_in, with_flags
 from fedfuse.data.text import TextSpec, load_tokenizer, token_ids
 from fedfuse.data.vector import VectorSpec, fit_vector
 from fedfuse.errors import DataError
+from fedfuse.torchaudio_compat import load_torchaudio
 
 GRAY8 = ImageSpec(size=8, channels=1)
 SOUND = AudioSpec(rate=8000, seconds=0.5, bands=40, frames=32)
@@ -181,12 +183,15 @@ def test_a_table_codes_categories_and_flags_what_is_missing() -> None:
     )
     assert spec.shape == (10,)
     assert read_cells(("40", "m", "b"), spec).tolist() == [40, 1, 0, 1, 0]
+    assert read_cells(("40", "f", "1.0"), spec).tolist() == [40, -1, 0, 0, 0]
+    assert unknown_in(("40", "f", "c"), spec) == unknown_in(("x", "", "n/a"), spec) == ""
+    assert unknown_in(("1", "x", "d"), spec).count("none of the") == 2
     values = with_flags(
         np.stack([read_cells(("", "f", "c"), spec), read_cells(("1", "", ""), spec)])
     )
-    assert values[0].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert values[0].tolist() == [0, -1, 0, 0, 1, 1, 0, 0, 0, 0]
     assert values[1].tolist() == [1, 0, 0, 0, 0, 0, 1, 1, 1, 1]
-    for wrong in (("old", "m", "a"), ("1", "x", "a"), ("inf", "m", "a"), ("1e300", "m", "a")):
+    for wrong in (("old", "m", "a"), ("inf", "m", "a"), ("1e300", "m", "a")):
         with pytest.raises(DataError):
             read_cells(wrong, spec)
     array = TableSpec(features=2)
@@ -271,3 +276,19 @@ def test_a_tokenizer_that_is_not_there_is_one_clear_error(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="cannot be loaded") as error:
         load_tokenizer(str(tmp_path / "none"))
     assert "save_pretrained" in str(error.value)
+
+
+def test_cepstra_are_those_of_torchaudio_each_coefficient_on_its_own_scale() -> None:
+    spec = AudioSpec(rate=8000, seconds=0.5, bands=40, frames=32, coefficients=13)
+    noise = np.random.default_rng(0).standard_normal(4000).astype(np.float32)
+    found, short = log_mel([noise, noise[:1000]], spec)
+    assert found.shape == spec.shape == (13, 32)
+    mel = {"n_fft": 256, "win_length": 256, "hop_length": 125, "n_mels": 40, "normalized": True,
+           "pad_mode": "constant"}  # fmt: skip
+    torchaudio = load_torchaudio()
+    reference = torchaudio.transforms.MFCC(8000, 13, log_mels=True, melkwargs=mel)
+    expected = reference(torch.from_numpy(noise))[:, :32].numpy()
+    expected = (expected - expected.mean(1, keepdims=True)) / expected.std(1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    assert np.allclose(short[:, 8:], 0)
+    assert np.allclose(short[:, :8].mean(1), 0, atol=1e-4)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fedfuse.errors import ModelError
 from fedfuse.models.blocks import CrossBlock, TransformerBlock, masked_mean
-from fedfuse.models.fusion import OPERATORS, Fusion, Place, build_fusion
+from fedfuse.models.fusion import Fusion, Place, build_fusion, operator
 from fedfuse.models.fusion.bottleneck import BottleneckFusion
 from fedfuse.models.fusion.concat import MlpFusion, RawFusion
 from fedfuse.models.fusion.crossmodal import CoAttentionFusion, CrossAttentionFusion
@@ -292,8 +292,8 @@ def place(name: str, **changes: int) -> Place:
     return Place(modalities=M, outputs=2, config=config, raw=(3, 1, 2), graph=GRAPH)
 
 
-def test_the_list_of_names_is_that_of_the_operators() -> None:
-    assert tuple(OPERATORS) == FUSIONS
+def test_each_name_has_an_operator_of_its_own() -> None:
+    assert len({operator(name) for name in FUSIONS}) == len(FUSIONS)
     levels = {name: build_fusion(place(name)).level for name in FUSIONS}
     assert {name for name, level in levels.items() if level == "late"} == {"late"}
     assert {name for name, level in levels.items() if level == "early"} == {"early"}
@@ -308,3 +308,16 @@ def test_an_outer_product_too_large_is_refused_with_a_remedy() -> None:
 def test_an_unknown_operator_is_refused() -> None:
     with pytest.raises(ModelError, match="'addition' is unknown"):
         build_fusion(place("addition"))
+
+
+def test_a_place_that_holds_no_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FUSIONS, "wrong", "tensor.combinations")
+    with pytest.raises(ModelError, match=r"tensor\.combinations is no fusion operator"):
+        build_fusion(place("wrong"))
+
+
+@pytest.mark.parametrize("name", ["attention", "cross-attention", "co-attention", "bottleneck"])
+def test_heads_that_do_not_divide_a_token_are_refused(name: str) -> None:
+    config = ModelConfig(fusion=name, dim=6, fusion_heads=4)
+    with pytest.raises(ModelError, match="multiple of its 4 heads"):
+        build_fusion(Place(modalities=M, outputs=2, config=config))

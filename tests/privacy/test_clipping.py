@@ -16,6 +16,7 @@ from fedfuse.models.model import FusionModel, build_model
 from fedfuse.models.spec import ABSENT, ENCODERS, FUSIONS, EncoderConfig, ModelConfig
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.dpsgd import (
+    Loss,
     PrivateOptimizer,
     clip_factors,
     prepare,
@@ -65,13 +66,15 @@ def batch_of(size: int, seed: int, chance_present: float = 0.6) -> Batch:
     return Batch(inputs, present, torch.from_numpy(rng.integers(0, 3, size)))
 
 
-def oracle(model: FusionModel, batch: Batch, clip_norm: float) -> list[torch.Tensor]:
+def oracle(
+    model: FusionModel, batch: Batch, clip_norm: float, loss_of: Loss = TASK.loss
+) -> list[torch.Tensor]:
     """The sum of clipped gradients by plain autograd, one record at a time."""
     parameters = list(model.parameters())
     total = [torch.zeros_like(p) for p in parameters]
     for row in range(len(batch)):
         one = batch[slice(row, row + 1)]
-        loss = TASK.loss(model(one), one.target).sum()
+        loss = loss_of(model(one), one.target).sum()
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         grads = [
             torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
@@ -89,6 +92,7 @@ def clipped_sum(
     clip_norm: float,
     physical_batch: int = 64,
     clipping: str = "bookkeeping",
+    loss_of: Loss = TASK.loss,
 ) -> list[torch.Tensor]:
     """What a private step adds up, seen with sigma so small that noise is nothing."""
     ready = prepare(model, clipping)
@@ -100,7 +104,7 @@ def clipped_sum(
         expected_batch=1.0,
         stream=NoiseStream(bytes(32), "noise"),
     )
-    private_step(ready, optimizer, batch, TASK.loss, physical_batch=physical_batch)
+    private_step(ready, optimizer, batch, loss_of, physical_batch=physical_batch)
     if not isinstance(ready, BookKeeping):
         ready.remove_hooks()
     return [p.grad for p in parameters]
@@ -147,7 +151,7 @@ def test_clipped_sum_equals_a_loop_in_every_fusion(fusion: str, absent: str) -> 
     seed=st.integers(0, 2**32 - 1),
     present=st.floats(0.0, 1.0),
     physical=st.integers(1, 8),
-    fusion=st.sampled_from(FUSIONS),
+    fusion=st.sampled_from(sorted(FUSIONS)),
     clipping=st.sampled_from(CLIPPINGS),
     absent=st.sampled_from(ABSENT),
     text=st.sampled_from(ENCODERS["text"]),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from fedfuse.models.blocks import TransformerBlock, masked_mean
-from fedfuse.models.fusion.operator import TokenFusion
+from fedfuse.models.fusion.operator import Place, TokenFusion
 
 __all__ = ["AttentionFusion"]
 
@@ -22,6 +24,10 @@ class AttentionFusion(TokenFusion):
         self.mark = nn.Embedding(modalities, dim)
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim, place.heads, place.layers)
 
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """A record with no modality at all gives zeros."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fedfuse.models.blocks import TransformerBlock
-from fedfuse.models.fusion.operator import SequenceFusion, flags, hide
+from fedfuse.models.fusion.operator import Place, SequenceFusion, flags, hide
 
 __all__ = ["BottleneckFusion"]
 
 
 class BottleneckFusion(SequenceFusion):
     """Sequences (B, 1 + T_m, D) -> (B, M D + M + D): multimodal bottleneck transformer (Nagrani et
-    al. 2021, arXiv:2107.00135v3, equations 8 and 9).
+    al. 2021, arXiv:2107.00135v3, fusion via attention bottlenecks).
 
     In each layer each modality attends to itself and to the bottleneck tokens; the new bottleneck
     is the mean of what the modalities that are there made of it. Read out are the first token of
@@ -30,6 +31,11 @@ class BottleneckFusion(SequenceFusion):
         self.blocks = nn.ModuleList(
             TransformerBlock(dim, heads) for _ in range(layers * modalities)
         )
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        tokens = place.config.fusion_tokens
+        return cls(place.modalities, place.dim, place.heads, place.layers, tokens)
 
     def forward(self, tokens: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
         """(B, M D + M + D)."""

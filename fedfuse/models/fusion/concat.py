@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from fedfuse.models.fusion.operator import EarlyFusion, TokenFusion, flags
+from fedfuse.models.fusion.operator import EarlyFusion, Place, TokenFusion, flags
 
 __all__ = ["ConcatFusion", "MlpFusion", "RawFusion"]
 
@@ -19,6 +20,10 @@ class ConcatFusion(TokenFusion):
     def __init__(self, modalities: int, dim: int) -> None:
         super().__init__()
         self.width = modalities * (dim + 1)
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim)
 
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """No parameters: the head learns what to do with each place."""
@@ -34,6 +39,10 @@ class MlpFusion(TokenFusion):
         self.width = width
         self.layers = _hidden(modalities * (dim + 1), width, layers)
 
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim, place.width, place.layers)
+
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, width)."""
         return self.layers(torch.cat([z.flatten(1), flags(seen, z)], 1))  # type: ignore[no-any-return]
@@ -48,6 +57,10 @@ class RawFusion(EarlyFusion):
         super().__init__()
         self.width = width
         self.layers = _hidden(sum(features) + len(features), width, layers)
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.raw, place.width, place.layers)
 
     def forward(self, features: Sequence[Tensor], seen: Tensor) -> Tensor:
         """(B, width)."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fedfuse.models.blocks import CrossBlock, TransformerBlock
-from fedfuse.models.fusion.operator import SequenceFusion, flags, hide
+from fedfuse.models.fusion.operator import Place, SequenceFusion, flags, hide
 
 __all__ = ["CoAttentionFusion", "CrossAttentionFusion"]
 
 
 class CrossAttentionFusion(SequenceFusion):
     """Sequences (B, 1 + T_m, D) -> (B, M D + M): the multimodal transformer (Tsai et al. 2019,
-    arXiv:1906.00295v1, section 3.1).
+    arXiv:1906.00295v1, section 3.2).
 
     Each modality's sequence attends to each other one's, in a stack of its own for each ordered
     pair (low-level tokens of the other are asked in each layer); what it learned of all is put
@@ -35,6 +36,10 @@ class CrossAttentionFusion(SequenceFusion):
             nn.Linear(max(1, modalities - 1) * dim, dim) for _ in range(modalities)
         )
         self.own = nn.ModuleList(TransformerBlock(dim, heads) for _ in range(modalities))
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim, place.heads, place.layers)
 
     def forward(self, tokens: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
         """(B, M D + M)."""
@@ -64,6 +69,10 @@ class CoAttentionFusion(SequenceFusion):
         count = layers * modalities  # layer by layer
         self.ask = nn.ModuleList(CrossBlock(dim, heads) for _ in range(count))
         self.own = nn.ModuleList(TransformerBlock(dim, heads) for _ in range(count))
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim, place.heads, place.layers)
 
     def forward(self, tokens: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
         """(B, M D + M)."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
-from fedfuse.models.fusion.operator import TokenFusion, flags, hide
+from fedfuse.models.fusion.operator import Place, TokenFusion, flags, hide
 
 __all__ = ["FilmFusion"]
 
@@ -14,8 +16,8 @@ class FilmFusion(TokenFusion):
     """z (B, M, D), seen (B, M) -> (B, M D + M): FiLM (Perez et al. 2018, arXiv:1709.07871v2,
     equation 2), z_m' = (1 + gamma_m) z_m + beta_m, gamma_m and beta_m linear in all other tokens.
 
-    Where no other modality is there a token stays as it is. The change of 1 to gamma follows the
-    paper's section 7.2, so that training starts from the identity.
+    Where no other modality is there a token stays as it is. As in the paper's
+    own models gamma is the change from 1, so that what is modulated is not switched off at first.
     """
 
     def __init__(self, modalities: int, dim: int) -> None:
@@ -25,6 +27,10 @@ class FilmFusion(TokenFusion):
         self.generate = nn.ModuleList(
             nn.Linear(modalities * (dim + 1), 2 * dim) for _ in range(modalities)
         )
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim)
 
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, M D + M)."""

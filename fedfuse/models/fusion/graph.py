@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfuse.models.fusion.operator import TokenFusion, flags, hide
+from fedfuse.errors import ModelError
+from fedfuse.models.fusion.operator import Place, TokenFusion, flags, hide
 from fedfuse.models.knowledge import Graph
 
 __all__ = ["GraphFusion"]
@@ -59,13 +61,20 @@ class GraphFusion(TokenFusion):
             nn.init.normal_(mix.weight, std=self.bases**-0.5)
         self.mix = nn.ModuleList(mixes)
 
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        if place.graph is None:
+            raise ModelError(
+                "there is no graph", where="model.knowledge", hint="name a file of triples"
+            )
+        return cls(place.modalities, place.dim, place.layers, place.graph)
+
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, 2 M D + M)."""
         rows, dim, edges = z.shape[0], z.shape[2], len(self.source)
         which = torch.arange(self.concepts.num_embeddings, device=z.device).expand(rows, -1)
         concepts = self.concepts(which)
-        score = torch.einsum("bmd,bnd->bmn", self.query(z), concepts) / math.sqrt(dim)
-        near = hide(score.softmax(2), seen)
+        near = self.nearness(z, seen, concepts)
         h = concepts + torch.einsum("bmn,bmd->bnd", near, self.write(z))
         for norm, own, talk, mix in zip(self.norms, self.own, self.talk, self.mix, strict=True):
             x = norm(h)
@@ -76,6 +85,12 @@ class GraphFusion(TokenFusion):
             h = h + F.gelu(own(x) + heard)
         read = torch.einsum("bmn,bnd->bmd", near, h)
         return torch.cat([z.flatten(1), read.flatten(1), flags(seen, z)], 1)
+
+    def nearness(self, z: Tensor, seen: Tensor, concepts: Tensor) -> Tensor:
+        """z (B, M, D), concepts (B, N, D) -> (B, M, N): how each token that is there is spread over
+        the concepts; the shares of one sum to 1, and are zero where it is absent."""
+        score = torch.einsum("bmd,bnd->bmn", self.query(z), concepts) / math.sqrt(z.shape[2])
+        return hide(score.softmax(2), seen)
 
 
 def _edges(graph: Graph) -> tuple[Tensor, ...]:

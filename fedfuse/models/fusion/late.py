@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfuse.models.fusion.operator import TokenFusion, hide
+from fedfuse.models.fusion.operator import Place, TokenFusion, hide
 
 __all__ = ["ExpertsFusion", "LateFusion"]
 
@@ -28,15 +30,22 @@ class LateFusion(TokenFusion):
             for _ in range(modalities)
         )
 
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim, place.config.head_width, place.outputs)
+
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, C)."""
-        said = torch.stack([head(z[:, m]) for m, head in enumerate(self.heads)], 1)
-        return hide(said, seen).sum(1)
+        return hide(self.said(z), seen).sum(1)
+
+    def said(self, z: Tensor) -> Tensor:
+        """(B, M, C): what each modality's head says, also of one that is absent."""
+        return torch.stack([head(z[:, m]) for m, head in enumerate(self.heads)], 1)
 
 
 class ExpertsFusion(TokenFusion):
     """z (B, M, D), seen (B, M) -> (B, D): the mean of a product of Gaussian experts (Wu and
-    Goodman 2018, arXiv:1802.05335v3, section 2.2).
+    Goodman 2018, arXiv:1802.05335v3, as MVAE infers its joint posterior).
 
     Each modality gives a mean mu_m and a precision T_m in each coordinate, a standard normal prior
     is one more expert, and the product has the mean sum_m T_m mu_m / (1 + sum_m T_m). An absent
@@ -47,6 +56,10 @@ class ExpertsFusion(TokenFusion):
         super().__init__()
         self.width = dim
         self.experts = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in range(modalities))
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim)
 
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """A record with no modality at all gives the prior's mean, zero."""

@@ -3,11 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EarlyFusion", "Fusion", "SequenceFusion", "TokenFusion", "flags", "hide"]
+from fedfuse.errors import ModelError
+from fedfuse.models.knowledge import Graph
+from fedfuse.models.spec import ModelConfig
+
+__all__ = ["EarlyFusion", "Fusion", "Place", "SequenceFusion", "TokenFusion", "flags", "hide"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where an operator stands in a model."""
+
+    modalities: int
+    outputs: int
+    """Of the whole model, for an operator that needs no head."""
+    config: ModelConfig
+    raw: Sequence[int] = ()
+    """The widths of the raw features, for early fusion."""
+    graph: Graph | None = None
+
+    @property
+    def dim(self) -> int:
+        """D, the width of a token."""
+        return self.config.dim
+
+    @property
+    def width(self) -> int:
+        """What the operators give that can choose."""
+        return self.config.fusion_width or self.config.dim
+
+    @property
+    def layers(self) -> int:
+        """Layers of the operators that have layers."""
+        return self.config.fusion_layers
+
+    @property
+    def heads(self) -> int:
+        """Attention heads. Raises ModelError where they do not divide the width of a token."""
+        heads = self.config.fusion_heads
+        if self.dim % heads:
+            raise ModelError(
+                f"model.dim = {self.dim}, but it must be a multiple of its {heads} heads",
+                where="model",
+                hint="change model.dim or model.fusion_heads",
+            )
+        return heads
+
+    @property
+    def rank(self) -> int:
+        """Of products between modalities."""
+        return self.config.fusion_rank
 
 
 class Fusion(nn.Module):
@@ -16,6 +67,11 @@ class Fusion(nn.Module):
 
     width: int
     """Of the vector; 0 where the operator gives the outputs themselves, without a head."""
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        """The operator as it is built in a model. Raises ModelError where it cannot be."""
+        raise NotImplementedError
 
     @property
     def level(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import ModelError
-from fedfuse.models.fusion.operator import TokenFusion, flags, hide
+from fedfuse.models.fusion.operator import Place, TokenFusion, flags, hide
 
 __all__ = ["LowRankFusion", "MultiplicativeFusion", "TensorFusion"]
 
@@ -33,6 +34,10 @@ class MultiplicativeFusion(TokenFusion):
         self.linear = nn.Linear(modalities * (dim + 1), width)
         self.rank = rank
 
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim, place.rank, place.width)
+
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, width)."""
         out: Tensor = self.linear(torch.cat([z.flatten(1), flags(seen, z)], 1))
@@ -45,8 +50,8 @@ class MultiplicativeFusion(TokenFusion):
 
 class TensorFusion(TokenFusion):
     """z (B, M, D), seen (B, M) -> (B, (rank + 1)^M): the outer product of [z_m, 1] over all
-    modalities (Zadeh et al. 2017, arXiv:1707.07250v1, section 3.2), each brought to `rank` numbers
-    first. Of an absent modality only the 1 is left, so products of the others stay.
+    modalities (Zadeh et al. 2017, arXiv:1707.07250v1, "Tensor Fusion Layer"), each brought to
+    `rank` numbers first. Of an absent modality only the 1 is left, so products of the others stay.
 
     Raises ModelError where the product would be larger than 65,536 numbers.
     """
@@ -63,6 +68,10 @@ class TensorFusion(TokenFusion):
             )
         self.down = nn.ModuleList(nn.Linear(dim, rank) for _ in range(modalities))
 
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim, place.rank)
+
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, (rank + 1)^M)."""
         product = z.new_ones(z.shape[0], 1)
@@ -75,8 +84,9 @@ class TensorFusion(TokenFusion):
 
 class LowRankFusion(TokenFusion):
     """z (B, M, D), seen (B, M) -> (B, width): low-rank multimodal fusion (Liu et al. 2018,
-    arXiv:1806.00064v1, equation 8): the sum over `rank` terms of products over the modalities of
-    W_m^(r) [z_m, 1], without making the outer product. An absent modality's factor is 1."""
+    arXiv:1806.00064v1, its parallel decomposition): the sum over `rank` terms of products over the
+    modalities of W_m^(r) [z_m, 1], without making the outer product. An absent modality's factor
+    is 1."""
 
     def __init__(self, modalities: int, dim: int, rank: int, width: int) -> None:
         super().__init__()
@@ -87,6 +97,10 @@ class LowRankFusion(TokenFusion):
             nn.init.ones_(layer.bias)
         self.factor = nn.ModuleList(factors)
         self.sum = nn.Linear(rank * width, width)
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        return cls(place.modalities, place.dim, place.rank, place.width)
 
     def forward(self, z: Tensor, seen: Tensor) -> Tensor:
         """(B, width)."""

@@ -2,7 +2,8 @@
 
     1  the request is read strictly, and refused if it is late or of another run
     2  the node's own policy is asked about all but the cost: who asks, for what, how much
-    3  the model is counted before it is built, and the weights are checked against it
+    3  the model is counted before it is built, the weights are checked against it, and the model is
+       seen to keep made-up records apart
     4  the round is entered in the books as reserved, if they and the rest of the run as announced
        keep the promise, and the round is not over by now
     5  records are read (with frozen pretrained encoders their features, made of them the first
@@ -31,6 +32,7 @@ from fedfuse.data.dataset import Dataset
 from fedfuse.data.prepare import open_node
 from fedfuse.errors import FedfuseError, PrivacyError, WireError
 from fedfuse.federation.books import Books
+from fedfuse.federation.checking import check_trainer
 from fedfuse.federation.compression import compress
 from fedfuse.federation.features import with_features
 from fedfuse.federation.pinning import check_pinned
@@ -91,6 +93,7 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
         _check_size(request, site.config, dataset.schema)
         trainer = trainer_for(site.config, dataset.schema, worker=site.worker)
         weights = decode(request.arrays, trainer.template)
+        check_trainer(trainer, site.config, dataset.schema, mechanism)
         commit = None
         if mechanism is not None:
             reserved = event_of(mechanism, node=name, round=round, status="reserved")

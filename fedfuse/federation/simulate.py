@@ -107,7 +107,7 @@ def simulate(
             )
             if resume:
                 notes += session.resume()
-            notes += _hopeless(session)
+            notes += session.remarks + _hopeless(session)
             session.featured(open_split(store, "train"))  # once here, not in each worker
             observer.prepared(_info(session, assumptions, notes))
             status, problem = "finished", ""

@@ -71,6 +71,8 @@ class Member:
     """One of the nodes that train together."""
 
     records: Records
+    weights: Mapping[str, NDArray[np.generic]]
+    """What it starts from."""
     secret: bytes
     """32 bytes, which key sampling, noise and order, as `Trainer.run` takes them."""
 
@@ -115,17 +117,16 @@ class Stacked:
             return False
         return True
 
-    def run(
-        self, members: Sequence[Member], job: Job, weights: Mapping[str, NDArray[np.generic]]
-    ) -> list[tuple[Ran, Weights]]:
-        """Trains each of `members` from `weights` as `job` says: what it learned of its own round,
-        and its weights."""
+    def run(self, members: Sequence[Member], job: Job) -> list[tuple[Ran, Weights]]:
+        """Trains each of `members` as `job` says: what it learned of its own round, its weights.
+
+        Raises ModelError where weights are not this model's.
+        """
         trainer = self._trainer
-        trainer.load(weights)
         trainer.hooks_off()
         trainer.model.train()
-        start = torch.cat([p.detach().flatten() for _, p in self._named])
-        stack = nn.Parameter(start.repeat(len(members), 1), requires_grad=False)
+        start = self._rows(members)
+        stack = nn.Parameter(start.clone(), requires_grad=False)
         optimizer = optimizer_of([stack], job)
 
         def step(gradient: Tensor) -> None:
@@ -141,11 +142,12 @@ class Stacked:
             ran = [Ran() for _ in members]
         found = []
         for one, row, member in zip(ran, stack.detach().cpu().numpy(), members, strict=True):
-            ended: Weights = {name: np.asarray(value) for name, value in weights.items()}
+            begun: Weights = {name: np.asarray(value) for name, value in member.weights.items()}
+            ended = dict(begun)
             for (name, p), place in zip(self._named, self._places, strict=True):
                 ended[name] = row[place].reshape(p.shape)
             if job.mechanism is not None and job.mechanism.unit is Unit.NODE:
-                one, ended = trainer.private_update(dict(weights), ended, job, member.secret)
+                one, ended = trainer.private_update(begun, ended, job, member.secret)
             found.append((one, ended))
         return found
 
@@ -265,6 +267,14 @@ class Stacked:
         size = max(1, min(most, _ROOM // (len(batches) * self._size)))
         for start in range(0, longest, size):
             yield slice(start, min(start + size, longest))
+
+    def _rows(self, members: Sequence[Member]) -> Tensor:
+        """(K, P): the weights that each member starts from."""
+        rows = []
+        for member in members:
+            self._trainer.load(member.weights)
+            rows.append(torch.cat([p.detach().flatten() for _, p in self._named]))
+        return torch.stack(rows)
 
     def _views(self, stack: Tensor) -> dict[str, Tensor]:
         """(K, *shape) for each parameter."""

@@ -70,16 +70,29 @@ def trainer(config: ModelConfig | None = None) -> Trainer:
     return Trainer(model, training_loss(loss, config.auxiliary, SCHEMA.target, 4), CPU)
 
 
-MEMBERS = [Member(records=Made(n, n), secret=bytes([n]) * 32) for n in (20, 7, 0, 13)]
+COUNTS = (20, 7, 0, 13)
 
 
-def check(one: Trainer, job: Job, members: list[Member] = MEMBERS) -> None:
+def members_of(one: Trainer, counts: tuple[int, ...] = COUNTS) -> list[Member]:
+    """Nodes with so many records, each of which starts from weights of its own."""
     start = one.weights()
+    return [
+        Member(
+            records=Made(n, n),
+            weights={name: value * (1 + k / 10) for name, value in start.items()},
+            secret=bytes([n]) * 32,
+        )
+        for k, n in enumerate(counts)
+    ]
+
+
+def check(one: Trainer, job: Job, members: list[Member] | None = None) -> None:
+    members = members or members_of(one)
     stack = Stacked(one)
     assert stack.takes(members[0].records, job)
-    found = stack.run(members, job, start)
+    found = stack.run(members, job)
     for member, (ran, weights) in zip(members, found, strict=True):
-        one.load(start)
+        one.load(member.weights)
         alone = one.run(member.records, job, secret=member.secret)
         for name, value in one.weights().items():
             np.testing.assert_allclose(weights[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
@@ -134,9 +147,10 @@ def test_what_varies_records_and_losses_beside_the_fused_one_are_the_same() -> N
 def test_a_node_learns_nothing_of_another(job: Job) -> None:
     one = trainer()
     stack, start = Stacked(one), one.weights()
-    other = Member(records=Made(9, 99), secret=b"o" * 32)
-    first = stack.run([MEMBERS[0], MEMBERS[1]], job, start)
-    second = stack.run([MEMBERS[0], other], job, start)
+    mine, another = members_of(one, (20, 7))
+    other = Member(records=Made(9, 99), weights=start, secret=b"o" * 32)
+    first = stack.run([mine, another], job)
+    second = stack.run([mine, other], job)
     for name in start:
         np.testing.assert_allclose(first[0][1][name], second[0][1][name], rtol=1e-4, atol=1e-6)
     assert any(not np.allclose(first[1][1][name], second[1][1][name]) for name in one.trainable)
@@ -144,13 +158,14 @@ def test_a_node_learns_nothing_of_another(job: Job) -> None:
 
 def test_a_broken_record_counts_as_zero_and_breaks_no_other_node() -> None:
     one = trainer()
-    start, broken = one.weights(), Made(20, 20)
+    broken = Made(20, 20)
     broken.all.inputs["walk"][3] = float("nan")
     broken.all.present["walk"][3] = True
     every = replace(PRIVATE, mechanism=replace(RECORD, sample_rate=1.0))
-    members = [Member(records=broken, secret=MEMBERS[0].secret), MEMBERS[1]]
+    members = members_of(one, (20, 7))
+    members[0] = replace(members[0], records=broken)
     check(one, every, members)
-    found = Stacked(one).run(members, every, start)
+    found = Stacked(one).run(members, every)
     assert all(np.isfinite(value).all() for _, weights in found for value in weights.values())
 
 
@@ -160,8 +175,10 @@ def test_no_contribution_exceeds_the_bound() -> None:
     quiet = replace(RECORD, noise_multiplier=1e-9, sample_rate=1.0, clip_norm=0.01, steps=1)
     job = replace(PRIVATE, steps=1, mechanism=quiet, expected_batch=1.0, learning_rate=1.0)
     start = one.weights()
-    members = [Member(records=Made(1, n), secret=bytes([n]) * 32) for n in range(1, 6)]
-    for _, weights in Stacked(one).run(members, job, start):
+    members = [
+        Member(records=Made(1, n), weights=start, secret=bytes([n]) * 32) for n in range(1, 6)
+    ]
+    for _, weights in Stacked(one).run(members, job):
         moved = [(weights[name] - start[name]).ravel() for name in one.trainable]
         norm = np.linalg.norm(np.concatenate(moved).astype(np.float64))
         assert norm == pytest.approx(0.01, rel=1e-3)
@@ -169,7 +186,7 @@ def test_no_contribution_exceeds_the_bound() -> None:
 
 def test_what_couples_records_or_adds_up_persons_is_left_to_others() -> None:
     subject = replace(PRIVATE, mechanism=replace(RECORD, unit=Unit.SUBJECT))
-    assert not Stacked(trainer()).takes(MEMBERS[0].records, subject)
+    assert not Stacked(trainer()).takes(Made(3, 3), subject)
     assert together(subject, 1000, 8) == 1
     config = ModelConfig(dim=8, text_width=8, auxiliary=AuxiliaryConfig(correlation=0.1))
-    assert not Stacked(trainer(config)).takes(MEMBERS[0].records, PLAIN)
+    assert not Stacked(trainer(config)).takes(Made(3, 3), PLAIN)

@@ -224,7 +224,7 @@ def test_every_pattern_of_absent_modalities_is_made() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_operator_with_encoders_and_targets_in_turn(fusion: str, tmp_path: Path) -> None:
-    place = FUSIONS.index(fusion)
+    place = list(FUSIONS).index(fusion)
     target = list(TARGETS)[place % 4]
     manifest = write_data(tmp_path / "data", target, 24)
     settings: dict[str, object] = {"data.text_tokens": 4}

@@ -37,13 +37,13 @@ from fedfuse.train import Job, Ran, Records, Trainer, Weights, optimizer_of
 
 __all__ = ["MOST_TOGETHER", "Member", "Stacked", "together"]
 
-MOST_TOGETHER = 16
+MOST_TOGETHER = 12
 """Nodes in one program. More gain little, and a worker that dies takes all of them with it."""
 _ROOM = 1 << 24
 """The most numbers of per-record gradients at once, over all nodes: 64 MB."""
-_WORTH = 1 << 21
-"""A step's per-record gradients of a node may be this many numbers. Above, most of a step is
-arithmetic, and book-keeping, which does not write gradients out, is faster."""
+_WORTH_PRIVATE, _WORTH_PLAIN = 1_700_000, 3_400_000
+"""Parameters times records of a step, up to which stacking pays. Above, most of a step is
+arithmetic, and in a private one book-keeping, which writes no gradients out, has less of it."""
 
 Pile: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
 """inputs (K, b, ...), present (K, b), target (K, b, ...) of K nodes."""
@@ -53,17 +53,19 @@ def together(job: Job, parameters: int, nodes: int) -> int:
     """How many of `nodes` are best trained together; 1: one after the other.
 
     It follows from public sizes alone. The constants were measured on a CPU
-    (benchmarks/stacked.py); on a GPU kernels are dearer to call, and more would pay.
+    (benchmarks/stacked.py); on a GPU, where calls are dearer, more would pay.
 
     >>> from dataclasses import replace
     >>> job = Job(steps=4, optimizer="sgd", learning_rate=0.1, momentum=0.9)
     >>> together(job, 10_000, 100), together(job, 10_000, 3), together(job, 10_000_000, 100)
-    (16, 3, 1)
+    (12, 3, 1)
     """
     if job.mechanism is not None and job.mechanism.unit is Unit.SUBJECT:
         return 1
-    rows = job.expected_batch if _by_record(job) else 1
-    return max(1, min(MOST_TOGETHER, nodes)) if parameters * rows <= _WORTH else 1
+    rows, worth = (
+        (job.expected_batch, _WORTH_PRIVATE) if _by_record(job) else (job.batch_size, _WORTH_PLAIN)
+    )
+    return max(1, min(MOST_TOGETHER, nodes)) if parameters * rows <= worth else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,6 +56,7 @@ NODE = "tests/federation/test_node.py::"
 HOSTILE = "tests/federation/test_hostile.py::"
 RELEASES = "tests/federation/test_releases.py::"
 ACCOUNT = "tests/privacy/test_accounting.py::"
+STACKED = "tests/test_stacked.py::"
 
 FAULTS = (
     Fault(
@@ -611,6 +612,38 @@ FAULTS = (
         new="if False:",
         tests=(f"{AUXILIARY}{COUPLED}",),
     ),
+    Fault(
+        line=4,
+        name="stacked-rows-not-masked",
+        file="fedfuse/stacked.py",
+        old="sound = factors.gt(0).all(0) & (mask > 0)",
+        new="sound = factors.gt(0).all(0)",
+        tests=(f"{STACKED}test_a_node_ends_as_it_would_alone",),
+    ),
+    Fault(
+        line=4,
+        name="stacked-without-clipping",
+        file="fedfuse/stacked.py",
+        old="factors = clip_factors(by_part, bounds[:, None, None])",
+        new="factors = clip_factors(by_part, 1e6 * bounds[:, None, None])",
+        tests=(f"{STACKED}test_no_contribution_exceeds_the_bound",),
+    ),
+    Fault(
+        line=4,
+        name="stacked-broken-record-left-in",
+        file="fedfuse/stacked.py",
+        old="            x[~sound] = 0\n",
+        new="            pass\n",
+        tests=(f"{STACKED}test_a_broken_record_counts_as_zero_and_breaks_no_other_node",),
+    ),
+    Fault(
+        line=6,
+        name="stacked-nodes-share-noise",
+        file="fedfuse/stacked.py",
+        old='noise = [NoiseStream(member.secret, "noise") for member in members]',
+        new='noise = [NoiseStream(members[0].secret, "noise") for _ in members]',
+        tests=(f"{STACKED}test_a_node_ends_as_it_would_alone",),
+    ),
 )
 
 
@@ -676,7 +709,8 @@ def run(root: Path, tests: Iterable[str]) -> set[str]:
 
 def first_of_each(faults: Sequence[Fault] = FAULTS) -> tuple[Fault, ...]:
     """One fault for each of the ten lines."""
-    return tuple({fault.line: fault for fault in reversed(faults)}.values())[::-1]
+    found = {fault.line: fault for fault in reversed(faults)}
+    return tuple(found[line] for line in sorted(found))
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
-"""A node's side of the Flower app bundle: the site's own fedfuse does the work."""
+"""A node's side of the Flower app bundle: it carries messages to the vault that the site runs."""
 
-from fedfuse.federation.client import make_client_app
+from fedfuse.federation.forward import make_forwarder
 
-app = make_client_app()
+app = make_forwarder()

@@ -19,8 +19,8 @@ class Kind(StrEnum):
     IMAGE = "image"
     """(C, H, W) float32 in [0, 1]."""
     AUDIO = "audio"
-    """(n_mels, frames) float32 log-mel spectrogram: each record to mean 0 and deviation 1 by its
-    own frames, 0 after its end."""
+    """(n_mels, frames) float32 log-mel spectrogram, or its cepstrum: each record to mean 0 and
+    deviation 1 by its own frames, 0 after its end."""
     VIDEO = "video"
     """(T, C, H, W) float32 in [0, 1]: T frames, evenly over the record."""
     TEXT = "text"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import tomli_w
 
-from fedfuse.data.spec import PARTITIONS, DataConfig
+from fedfuse.data.spec import AUDIO_FEATURES, PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
 from fedfuse.models.spec import (
     ABSENT,
@@ -287,6 +287,7 @@ def _check(config: RunConfig) -> None:
     privacy, federation = config.privacy, config.federation
     for key, text, allowed in (
         ("data.partition", data.partition, PARTITIONS),
+        ("data.audio_features", data.audio_features, AUDIO_FEATURES),
         ("model.fusion", model.fusion, FUSIONS),
         *(
             (f"model.encoder.{kind}", getattr(model.encoder, kind), names)
@@ -315,6 +316,7 @@ def _check(config: RunConfig) -> None:
         ("data.sample_rate", data.sample_rate, 0, 768_000),
         ("data.audio_seconds", data.audio_seconds, 0, 600),
         ("data.mel_bands", data.mel_bands, 4, 512),
+        ("data.mfcc", data.mfcc, 1, data.mel_bands if data.audio_features == "mfcc" else 512),
         ("data.mel_frames", data.mel_frames, 0, 100_000),
         ("data.video_frames", data.video_frames, 1, 1024),
         ("data.video_size", data.video_size, 0, 4096),
@@ -347,6 +349,9 @@ def _check(config: RunConfig) -> None:
         ("model.video_terms", model.video_terms, 0, 512),
         ("model.series_width", model.series_width, 1, 4096),
         ("model.series_depth", model.series_depth, 1, 8),
+        ("model.steps_width", model.steps_width, 1, 4096),
+        ("model.steps_layers", model.steps_layers, 1, 64),
+        ("model.steps_heads", model.steps_heads, 1, 64),
         ("model.vector_width", model.vector_width, 1, 65536),
         ("model.text_width", model.text_width, 1, 65536),
         ("model.text_layers", model.text_layers, 1, 64),
@@ -383,11 +388,18 @@ def _check(config: RunConfig) -> None:
     ):
         if not low <= number <= high:
             raise ConfigError(f"{key} = {number}, but it must be from {low:g} to {high:g}")
-    if model.encoder.text == "transformer" and model.text_width % model.text_heads:
-        raise ConfigError(
-            f"model.text_width = {model.text_width}, but it must be a multiple of its "
-            f"{model.text_heads} heads"
-        )
+    encoder = model.encoder
+    attends = "transformer" in (encoder.audio, encoder.video, encoder.series)
+    for key, width, heads in (
+        (
+            "model.text_width",
+            model.text_width,
+            model.text_heads if encoder.text == "transformer" else 1,
+        ),
+        ("model.steps_width", model.steps_width, model.steps_heads if attends else 1),
+    ):
+        if width % heads:
+            raise ConfigError(f"{key} = {width}, but it must be a multiple of its {heads} heads")
     if (model.fusion == "graph") != bool(model.knowledge):
         raise ConfigError(
             f"model.fusion = {model.fusion!r}, but model.knowledge = {model.knowledge!r}",

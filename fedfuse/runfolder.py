@@ -8,6 +8,8 @@
     reserved.json       only while a round runs: its events, which count from its beginning
     model.safetensors   the released weights
     model.toml          what is needed to build the model around them
+    reading.json        how a record is read for it: columns, sizes, scales; all public
+    calibration.json    how well it fits the server's valid records, for sets and intervals
     summary.json        the outcome
     checkpoint/         the last finished round: state.json names the arrays beside it
     run.log             what Flower, Ray and the nodes had to say
@@ -45,6 +47,7 @@ _CONFIG, _SUMMARY = "config.toml", "summary.json"
 _METRICS, _EVENTS, _RESERVED = "metrics.jsonl", "events.jsonl", "reserved.json"
 _HEADS, _ID = "heads.jsonl", "run.id"
 _WEIGHTS, _MODEL = "model.safetensors", "model.toml"
+_READING, _CALIBRATION = "reading.json", "calibration.json"
 _CHECKPOINT, _STATE = "checkpoint", "state.json"
 
 
@@ -167,6 +170,14 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise self._damaged(_MODEL, error) from None
 
+    def reading(self) -> dict[str, Any]:
+        """How a record is read for the model, as plain values. Raises RunFolderError."""
+        return self._json(_READING)
+
+    def calibration(self) -> dict[str, Any] | None:
+        """How well the model fits the valid records; None where there were none."""
+        return self._json(_CALIBRATION) if (self.path / _CALIBRATION).exists() else None
+
     def checkpoint(self) -> Checkpoint | None:
         """The last finished round; None before the first."""
         if not (self.path / _CHECKPOINT / _STATE).exists():
@@ -237,6 +248,12 @@ class RunFolder:
         """Writes the released weights and what is needed to build the model around them."""
         self._replace(_WEIGHTS, safetensors.numpy.save(_contiguous(weights)))
         self._replace(_MODEL, tomli_w.dumps(dict(description)).encode())
+
+    def write_use(self, reading: Mapping[str, Any], calibration: Mapping[str, Any] | None) -> None:
+        """Writes what the use of the model needs: how records are read, how well it fits."""
+        self._write_json(_READING, reading)
+        if calibration is not None:
+            self._write_json(_CALIBRATION, calibration)
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         name = f"round-{checkpoint.round:06d}.safetensors"

@@ -346,8 +346,8 @@ FAULTS = (
         line=7,
         name="past-forgotten",
         file="fedfuse/federation/policy.py",
-        old="if accounting.within([*past, rest], self.epsilon, self.delta):",
-        new="if accounting.within([rest], self.epsilon, self.delta):",
+        old="if not accounting.within([*past, rest], self.epsilon, self.delta):",
+        new="if not accounting.within([rest], self.epsilon, self.delta):",
         tests=(f"{NODE}test_what_was_spent_before_counts",),
     ),
     Fault(
@@ -422,6 +422,22 @@ FAULTS = (
         old="        if request in self._tally.requests:\n            raise",
         new="        if False:\n            raise",
         tests=(f"{HOSTILE}test_a_message_that_comes_twice_is_charged_once",),
+    ),
+    Fault(
+        line=7,
+        name="stale-round-charged",
+        file="fedfuse/federation/books.py",
+        old="        if request.round < last:",
+        new="        if False:",
+        tests=(f"{HOSTILE}test_a_round_that_is_over_is_refused_and_costs_nothing",),
+    ),
+    Fault(
+        line=7,
+        name="late-round-charged",
+        file="fedfuse/federation/policy.py",
+        old="            request.check_time()\n",
+        new="",
+        tests=(f"{HOSTILE}test_a_round_that_ends_while_its_cost_is_weighed_is_not_charged",),
     ),
     Fault(
         line=7,

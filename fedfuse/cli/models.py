@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,7 @@ import typer
 from fedfuse.errors import ModelError
 
 if TYPE_CHECKING:
-    from fedfuse.batch import Schema
+    from fedfuse.batch import Modality, Schema
     from fedfuse.config import RunConfig
 
 
@@ -65,24 +65,32 @@ def models(
         if not sign:
             raise click.BadParameter(f"--set {change}", param_hint="such as --set model.dim=64")
         config = config.with_values({key: value})
-    schema = _schema(config, data)
+    schema, others = _schema(config, data), _others(config, data)
     fusions = list(_fusions(config, schema, knowledge))
-    encoders = list(_encoders(config, schema))
+    encoders = list(_encoders(config, (*schema.modalities, *others)))
     if as_json:
         tree = {
-            "modalities": {m.name: {"kind": m.kind, "shape": m.shape} for m in schema.modalities},
+            "modalities": {
+                m.name: {"kind": m.kind, "shape": m.shape} for m in (*schema.modalities, *others)
+            },
             "fusions": [asdict(each) for each in fusions],
             "encoders": [asdict(each) for each in encoders],
         }
         click.echo(json.dumps(tree, indent=2))
         return
-    shapes = ", ".join(f"{m.name} {' x '.join(map(str, m.shape))}" for m in schema.modalities)
-    click.echo(f"models for {shapes}\n")
+    click.echo(f"models for {_shapes(schema.modalities)}")
+    if others:
+        click.echo(f"encoders also for {_shapes(others)}")
+    click.echo("")
     for title, listed in (("fusion", fusions), ("encoder", encoders)):
         click.echo(f"{title:<16}{'':<14}{'parameters':>11}{'kFLOP':>9}{'kB/round':>10}  source")
         for each in listed:
             click.echo(_line(each))
         click.echo("")
+
+
+def _shapes(modalities: Sequence[Modality]) -> str:
+    return ", ".join(f"{m.name} {' x '.join(map(str, m.shape))}" for m in modalities)
 
 
 def _line(each: Listed) -> str:
@@ -116,6 +124,21 @@ def _schema(config: RunConfig, data: Path | None) -> Schema:
     )
 
 
+def _others(config: RunConfig, data: Path | None) -> tuple[Modality, ...]:
+    """A modality of each kind that the demo data does not have."""
+    from fedfuse.batch import Kind, Modality
+
+    if data is not None or config.data.manifest:
+        return ()
+    size = config.data.video_size or 64
+    return (
+        Modality(name="video", kind=Kind.VIDEO, shape=(config.data.video_frames, 3, size, size)),
+        Modality(name="series", kind=Kind.SERIES, shape=(config.data.series_steps or 64, 6)),
+        Modality(name="vector", kind=Kind.VECTOR, shape=(64,)),
+        Modality(name="table", kind=Kind.TABLE, shape=(32,)),
+    )
+
+
 def _fusions(config: RunConfig, schema: Schema, knowledge: Path | None) -> Iterator[Listed]:
     from fedfuse.models.cost import cost_of
     from fedfuse.models.knowledge import read_graph
@@ -142,19 +165,20 @@ def _fusions(config: RunConfig, schema: Schema, knowledge: Path | None) -> Itera
         yield Listed(name=name, what=built.fusion.level, paper=paper, **cost)
 
 
-def _encoders(config: RunConfig, schema: Schema) -> Iterator[Listed]:
+def _encoders(config: RunConfig, modalities: Sequence[Modality]) -> Iterator[Listed]:
     from fedfuse.models.cost import cost_of_encoder
     from fedfuse.models.encoders import build_encoder
     from fedfuse.models.spec import ENCODERS
 
-    for modality in schema.modalities:
+    for modality in modalities:
         kind = modality.kind.value
         for name in ENCODERS.get(kind, (kind,)):
             choice = {kind: name} if kind in ENCODERS else {}
             model = replace(config.model, encoder=replace(config.model.encoder, **choice))
             encoder = build_encoder(modality, model, config.data.vocabulary)
             cost = asdict(cost_of_encoder(encoder, modality))
-            yield Listed(name=name, what=modality.name, paper=_paper(encoder.__doc__), **cost)
+            docs = " ".join(part.__doc__ or "" for part in encoder.modules())
+            yield Listed(name=name, what=modality.name, paper=_paper(docs), **cost)
 
 
 def _paper(doc: str | None) -> str:

@@ -20,6 +20,8 @@ FILES = {
     "heads.jsonl": "what each node's ledger ended with, round by round",
     "model.safetensors": "the trained weights",
     "model.toml": "what they are the weights of",
+    "reading.json": "how a record is read for them: fedfuse predict uses it",
+    "calibration.json": "what its sets and intervals rest on",
     "plots/metrics.png": "metric and loss by round",
     "plots/privacy.png": "epsilon by round",
 }

@@ -1,4 +1,4 @@
-"""Audio: a file to a log-mel spectrogram, brought to one scale by its own frames."""
+"""Audio: a file to a log-mel spectrogram or its cepstrum, on one scale by its own frames."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ HOP_S = 0.016
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AudioSpec:
-    """`rate` in samples a second, length `seconds`, `bands` mel bands, `frames` spectra."""
+    """`rate` in samples a second, length `seconds`, `bands` mel bands, `frames` spectra; of each
+    spectrum so many cepstral `coefficients` (MFCC), 0: the bands themselves."""
 
     rate: int
     seconds: float
     bands: int
     frames: int
+    coefficients: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(bands, frames)."""
-        return self.bands, self.frames
+        """(bands or coefficients, frames)."""
+        return self.coefficients or self.bands, self.frames
 
     @property
     def samples(self) -> int:
@@ -67,11 +69,14 @@ def read_waveform(path: Path, spec: AudioSpec) -> tuple[NDArray[np.float32], int
 
 
 def log_mel(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np.float32]:
-    """B waveforms of up to spec.samples to (B, bands, frames): the log10 mel power spectrum.
+    """B waveforms of up to spec.samples to (B, *spec.shape): the log10 mel power spectrum.
 
     Each record is brought to mean 0 and standard deviation 1 by its own frames, and the frames
     after its end are 0. Nothing of it rests on other records; a short sound's silence neither
     fills the scale nor tells how loud the recording was.
+
+    With `spec.coefficients` it is the mel cepstrum (Davis and Mermelstein 1980), the orthogonal
+    DCT-II of each spectrum, and each coefficient has mean 0 and deviation 1 over the record.
     """
     if not len(waves):
         return np.zeros((0, *spec.shape), dtype=np.float32)
@@ -84,9 +89,13 @@ def log_mel(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np
         power = _mel(spec)(torch.from_numpy(padded))[..., : spec.frames]
         level = torch.log10(power + 1e-6).numpy()
     level = np.pad(level, ((0, 0), (0, 0), (0, spec.frames - level.shape[-1])))
-    count = spec.bands * heard.sum((1, 2), keepdims=True)
-    centred = (level - (level * heard).sum((1, 2), keepdims=True) / count) * heard
-    spread = np.sqrt((centred**2).sum((1, 2), keepdims=True) / count)
+    over: tuple[int, ...] = (1, 2)
+    if spec.coefficients:
+        basis = load_torchaudio().functional.create_dct(spec.coefficients, spec.bands, "ortho")
+        level, over = np.einsum("bmt,mk->bkt", level, basis.numpy()), (2,)
+    count = np.broadcast_to(heard, level.shape).sum(over, keepdims=True)
+    centred = (level - (level * heard).sum(over, keepdims=True) / count) * heard
+    spread = np.sqrt((centred**2).sum(over, keepdims=True) / count)
     return np.asarray(centred / (spread + 1e-3), dtype=np.float32)
 
 

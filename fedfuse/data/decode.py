@@ -26,7 +26,7 @@ from fedfuse.data.vector import VectorSpec, fit_vector
 from fedfuse.data.video import VideoSpec, read_video
 from fedfuse.errors import DataError
 
-__all__ = ["Decoded", "decode"]
+__all__ = ["Decoded", "decode", "decode_column"]
 
 _CHUNK = 256
 _SAMPLES = 1 << 23  # of sound at once, so that memory stays bounded
@@ -60,7 +60,7 @@ def decode(layout: Layout, *, need_client: bool) -> Decoded:
     values, index = {}, {}
     rows = layout.manifest.rows
     for source, spec in zip(layout.sources, layout.specs, strict=True):
-        values[source.name], index[source.name] = _column(layout, source, spec, problems, bad)
+        values[source.name], index[source.name] = decode_column(layout, source, spec, problems, bad)
     good = [i for i in range(len(rows)) if i not in bad]
     return Decoded(
         rows=tuple(rows[i] for i in good),
@@ -135,10 +135,11 @@ def _bad_label(layout: Layout) -> tuple[str, str]:
     return f"its label is none of the {len(classes)} classes", f"the classes are {shown}"
 
 
-def _column(
+def decode_column(
     layout: Layout, source: Source, spec: Spec, problems: list[Problem], bad: set[int]
 ) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
-    """One modality: every different content once, and each row's place among them."""
+    """One modality: every different content once, raw, and each row's place among them, -1 where
+    it is absent. What is wrong is added to `problems`, and the row's number to `bad`."""
     users: dict[_Key, list[int]] = {}
     for i, row in enumerate(layout.manifest.rows):
         key = tuple(row.cells[column] for column in source.columns)

@@ -205,7 +205,13 @@ def _audio(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) 
         if not seconds:
             seconds = min(max(fact[1] for fact in facts), _MOST_SECONDS) if held else 1.0
     frames = config.mel_frames or max(1, math.ceil(round(seconds / HOP_S, 6)))
-    return AudioSpec(rate=rate, seconds=seconds, bands=config.mel_bands, frames=frames)
+    return AudioSpec(
+        rate=rate,
+        seconds=seconds,
+        bands=config.mel_bands,
+        frames=frames,
+        coefficients=config.mfcc if config.audio_features == "mfcc" else 0,
+    )
 
 
 def _array(source: Source, config: DataConfig, probe: _Probe, notes: list[str]) -> Spec:

@@ -55,8 +55,10 @@ class Manifest:
     problems: tuple[Problem, ...] = ()
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path, *, labelled: bool = True) -> Manifest:
     """The manifest at `path` and the declaration beside it.
+
+    Where it is not `labelled` it needs no column but one of a modality, and no declaration is read.
 
     Raises DataError where there is no such file, it cannot be read at all, it has no rows, or a
     column that every manifest needs is absent.
@@ -83,12 +85,12 @@ def read_manifest(path: Path) -> Manifest:
             where=str(path),
             hint="a manifest is a .csv, .jsonl or .parquet file",
         ) from None
-    _check_columns(columns, path)
+    _check_columns(columns, path, labelled=labelled)
     if not rows and not problems:
         raise DataError(
             "the manifest has a header, but no rows", where=str(path), hint="one row a record"
         )
-    found = find_declaration(path.parent)
+    found = find_declaration(path.parent) if labelled else None
     return Manifest(
         path=path,
         root=path.parent,
@@ -193,14 +195,14 @@ def _cell(value: Any) -> str:
         return str(value)
 
 
-def _check_columns(columns: tuple[str, ...], path: Path) -> None:
+def _check_columns(columns: tuple[str, ...], path: Path, *, labelled: bool) -> None:
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise DataError(f"two columns are named {twice[0]!r}", where=str(path), hint="rename one")
     absent = [name for name in ("id", "split") if name not in columns]
     if "label" not in columns and "target" not in columns:
         absent.append("label or target")
-    if absent:
+    if absent and labelled:
         raise DataError(
             f"no column {', '.join(absent)}",
             where=str(path),

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fedfuse.data.declaration import DeclaredModality
 
-__all__ = ["LIMIT", "normalise"]
+__all__ = ["LIMIT", "Scale", "find_scale"]
 
 LIMIT = 10.0
 """Normalised values are clipped to [-LIMIT, LIMIT]."""
 
 
-def normalise(
-    values: NDArray[np.float32],
-    said: DeclaredModality,
-    public: NDArray[np.float32] | None,
-    coded: NDArray[np.bool_] | None,
-    notes: list[str],
-) -> NDArray[np.float32]:
-    """`values`, (N, ..., F) raw with NaN where missing, on a public scale; NaN stays NaN.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """The public centre and spread of each feature, or of all; () is the fixed map asinh(x)."""
 
-    The scale, one for each feature F, is the declared mean and std (or range); else the mean and
-    std of `public`, the valid split's values; else the fixed map asinh(x). Features that are
-    `coded` categories stay as they are.
-    """
-    width = values.shape[-1]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def apply(
+        self, values: NDArray[np.float32], coded: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float32]:
+        """`values`, (N, ..., F) raw with NaN where missing, on this scale; NaN stays NaN.
+
+        Features that are `coded` categories, (F,), stay as they are.
+        """
+        if self.mean:
+            scaled = (values - np.array(self.mean)) / np.array(self.std)
+        else:
+            scaled = np.arcsinh(values)
+        scaled = np.clip(scaled, -LIMIT, LIMIT).astype(np.float32)
+        return scaled if coded is None else np.where(coded, values, scaled)
+
+
+def find_scale(
+    width: int, said: DeclaredModality, public: NDArray[np.float32], notes: list[str]
+) -> Scale:
+    """The scale of `width` features: the declared mean and std (or range); else the mean and std
+    of `public`, the valid split's values (N, ..., width); else asinh."""
     if said.mean and len(said.mean) in (1, width):
-        mean, std = np.array(said.mean), np.array(said.std)
-        scaled = (values - mean) / std
-    elif public is not None and len(public):
+        return Scale(mean=said.mean, std=said.std)
+    if len(public):
         mean, std = _moments(public.reshape(-1, width))
-        scaled = (values - mean) / std
         notes.append(
             f"{said.name}: normalised by mean and standard deviation of the valid split, "
             "taken as public; declare mean and std to state them"
         )
-    else:
-        scaled = np.arcsinh(values)
-        notes.append(f"{said.name}: no declared scale and no valid split, so mapped by asinh(x)")
-    scaled = np.clip(scaled, -LIMIT, LIMIT).astype(np.float32)
-    return scaled if coded is None else np.where(coded, values, scaled)
+        return Scale(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    notes.append(f"{said.name}: no declared scale and no valid split, so mapped by asinh(x)")
+    return Scale()
 
 
 def _moments(public: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from fedfuse.data.fingerprint import of_records
 from fedfuse.data.layout import Layout, plan
 from fedfuse.data.manifest import Manifest, read_manifest
 from fedfuse.data.media import looks_like_path
-from fedfuse.data.normalise import normalise
+from fedfuse.data.normalise import Scale, find_scale
 from fedfuse.data.partition import NodeShard, partition
 from fedfuse.data.problem import refuse
+from fedfuse.data.reading import Channel, Reading, on_scale
 from fedfuse.data.series import SeriesSpec
 from fedfuse.data.spec import DataConfig
-from fedfuse.data.table import TableSpec, with_flags
+from fedfuse.data.table import TableSpec
 from fedfuse.data.target import coded_labels, with_scale
 from fedfuse.data.vector import VectorSpec
 from fedfuse.errors import DataError
@@ -47,6 +48,7 @@ class Prepared:
     """
 
     schema: Schema
+    reading: Reading
     train: Dataset
     test: Dataset
     valid: Dataset | None
@@ -69,9 +71,11 @@ class Prepared:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         self.train.save(folder / "train")
-        self.test.save(folder / "test")
+        if len(self.test):
+            self.test.save(folder / "test")
         if self.valid is not None:
             self.valid.save(folder / "valid")
+        self.reading.write(folder)
         _write_nodes(folder, self.shards, self.node_fingerprints or ("",) * len(self.shards))
 
 
@@ -170,14 +174,20 @@ def open_split(folder: Path, split: str) -> Dataset:
     return Dataset.open(folder / split)
 
 
-def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Prepared:
+def prepare(
+    config: DataConfig, *, seed: int, fingerprints: bool = False, alone: bool = False
+) -> Prepared:
     """The data set that `config` names. `seed` is the partition's.
 
     fingerprints  name each node's records by their content too, which reads every file once more
+    alone         all train records are those of one real node, whatever config.partition says; the
+                  other splits are the server's, and are left out
 
     Raises DataError where the manifest or a file is wrong (with config.skip_bad only where nothing
-    is left), or there are no train or no test records.
+    is left), or there are no train records or, unless `alone`, no test records.
     """
+    if alone:
+        config = replace(config, partition="iid", nodes=1)
     if not config.manifest:
         raise DataError("no manifest is named", where="data.manifest", hint="give its path")
     path = Path(config.manifest)
@@ -195,7 +205,7 @@ def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Pre
     if errors and not config.skip_bad:
         raise refuse(errors, str(path))
     notes = list(layout.notes)
-    splits = _split(layout, decoded, notes)
+    splits, reading = _split(layout, decoded, notes, alone)
     train = splits["train"]
     shards = partition(train, config, seed)
     skipped = decoded.bad_rows if errors else 0
@@ -203,6 +213,7 @@ def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Pre
     notes += _about(decoded, layout, config, splits, shards, skipped, shared, repeated)
     return Prepared(
         schema=train.schema,
+        reading=reading,
         train=train,
         test=splits["test"],
         valid=splits["valid"] if len(splits["valid"]) else None,
@@ -216,20 +227,32 @@ def prepare(config: DataConfig, *, seed: int, fingerprints: bool = False) -> Pre
     )
 
 
-def _split(layout: Layout, decoded: Decoded, notes: list[str]) -> dict[str, Dataset]:
-    """The three splits, normalised by what is public."""
+def _split(
+    layout: Layout, decoded: Decoded, notes: list[str], alone: bool
+) -> tuple[dict[str, Dataset], Reading]:
+    """The three splits, normalised by what is public, and how any record is read like them."""
     splits = np.array(decoded.splits, dtype=np.str_)
-    for name in ("train", "test"):
+    needed = ("train",) if alone else ("train", "test")
+    for name in needed:
         if name not in decoded.splits:
             raise DataError(
                 f"no good {name} record",
                 where=str(layout.manifest.path),
-                hint="the column split needs train and test",
+                hint=f"the column split needs {' and '.join(needed)}",
             )
+    if alone:
+        splits[splits != "train"] = ""
     held = {name: decoded.target[splits == name].tolist() for name in ("valid", "test")}
     target = with_scale(layout.target, layout.manifest.declaration, held, notes)
     labels = coded_labels(decoded.target, target)
-    columns = _columns(layout, decoded, splits == "valid", notes)
+    channels = _channels(layout, decoded, splits == "valid", notes)
+    columns = {
+        name: Column(
+            values if one.scale is None else on_scale(values, one.spec, one.scale),
+            decoded.index[name],
+        )
+        for (name, values), one in zip(decoded.values.items(), channels, strict=True)
+    }
     cells = {
         name: np.array([row.cells.get(name, "") for row in decoded.rows], dtype=np.str_)
         for name in ("id", "client", "subject")
@@ -237,26 +260,27 @@ def _split(layout: Layout, decoded: Decoded, notes: list[str]) -> dict[str, Data
     everything = Dataset(
         layout.schema(target), columns, labels, cells["id"], cells["client"], cells["subject"]
     )
-    return {
+    parts = {
         name: everything.take(np.flatnonzero(splits == name).astype(np.int64))
         for name in ("train", "valid", "test")
     }
+    return parts, Reading(channels=channels, target=target)
 
 
-def _columns(
+def _channels(
     layout: Layout, decoded: Decoded, valid: NDArray[np.bool_], notes: list[str]
-) -> dict[str, Column]:
-    columns = {}
+) -> tuple[Channel, ...]:
+    """Each modality with its scale, where its values are measurements."""
+    channels = []
     for source, spec in zip(layout.sources, layout.specs, strict=True):
-        values, index = decoded.values[source.name], decoded.index[source.name]
+        scale: Scale | None = None
         if isinstance(spec, VectorSpec | SeriesSpec | TableSpec):
-            raw = values.astype(np.float32, copy=False)
-            public = index[valid]
-            coded = spec.coded if isinstance(spec, TableSpec) else None
-            scaled = normalise(raw, source.declared, raw[public[public >= 0]], coded, notes)
-            values = with_flags(scaled) if isinstance(spec, TableSpec) else np.nan_to_num(scaled)
-        columns[source.name] = Column(values, index)
-    return columns
+            raw = decoded.values[source.name].astype(np.float32, copy=False)
+            public = decoded.index[source.name][valid]
+            width = raw.shape[-1]
+            scale = find_scale(width, source.declared, raw[public[public >= 0]], notes)
+        channels.append(Channel(source=source, spec=spec, scale=scale))
+    return tuple(channels)
 
 
 def _about(

@@ -34,7 +34,7 @@ class Problem:
         return f"{', '.join(places)}: {self.what}" if places else self.what
 
 
-def refuse(problems: Sequence[Problem], manifest: str) -> DataError:
+def refuse(problems: Sequence[Problem], manifest: str, *, hint: str = "") -> DataError:
     """The error that tells of `problems`: how many, and the first few."""
     shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -42,5 +42,6 @@ def refuse(problems: Sequence[Problem], manifest: str) -> DataError:
     return DataError(
         f"{count} found{':' if shown else ''}{shown}{more}",
         where=manifest,
-        hint=f"fedfuse data check {manifest} lists them all; --skip-bad leaves such records out",
+        hint=hint
+        or f"fedfuse data check {manifest} lists them all; --skip-bad leaves such records out",
     )

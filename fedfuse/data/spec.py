@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PARTITIONS", "DataConfig"]
+__all__ = ["AUDIO_FEATURES", "PARTITIONS", "DataConfig"]
 
+AUDIO_FEATURES = ("mel", "mfcc")
 PARTITIONS = ("client", "iid", "dirichlet", "quantity", "modality")
 
 
@@ -38,6 +39,10 @@ class DataConfig:
     """Audio is resampled to this many samples a second."""
     audio_seconds: float = 0.0
     """Audio is cut or zero-padded to this length in seconds."""
+    audio_features: str = "mel"
+    """What becomes of a sound: one of AUDIO_FEATURES."""
+    mfcc: int = 20
+    """Cepstral coefficients of a spectrum, where audio_features is "mfcc"."""
     mel_bands: int = 40
     """Mel bands of the log-mel spectrogram."""
     mel_frames: int = 0

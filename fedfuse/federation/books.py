@@ -72,6 +72,7 @@ class LedgerBooks:
                     f"{min(others)!r}, so that what was spent goes on counting; give other data "
                     "a ledger or a name of its own",
                 )
+            self._check_round(request)
             allow(history)
 
         entry = self._ledger.reserve(
@@ -88,6 +89,7 @@ class LedgerBooks:
 
     def expose(self, node: str, request: TrainRequest) -> None:
         """As `Books.expose`. Raises LedgerError as `reserve`."""
+        self._check_round(request)
         self._ledger.expose(
             self._dataset,
             run=request.run,
@@ -96,6 +98,15 @@ class LedgerBooks:
             round=request.round,
             request=f"{request.request}/{node}",
         )
+
+    def _check_round(self, request: TrainRequest) -> None:
+        """Raises PrivacyError where the run is further already. A round may come again: its server
+        may have been stopped in it."""
+        last = self._ledger.last_round(request.run)
+        if request.round < last:
+            raise PrivacyError(
+                f"round {request.round} is over: round {last} of this run was answered before"
+            )
 
     def _commit(self, entry: Entry) -> None:
         self._ledger.commit(entry)

@@ -4,7 +4,7 @@
     2  the node's own policy is asked about all but the cost: who asks, for what, how much
     3  the model is counted before it is built, and the weights are checked against it
     4  the round is entered in the books as reserved, if they and the rest of the run as announced
-       keep the promise
+       keep the promise, and the round is not over by now
     5  records are read, and the job is run
     6  the update is brought into the form asked for, the round is committed in the books, and the
        update leaves
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,11 +42,11 @@ from fedfuse.federation.wire import (
 from fedfuse.models.auxiliary import training_loss
 from fedfuse.models.model import build_model, count_parameters
 from fedfuse.privacy.noise import NoiseStream, round_secret
-from fedfuse.privacy.spec import Unit
+from fedfuse.privacy.spec import Event, Unit
 from fedfuse.tasks import Task
 from fedfuse.train import Trainer, pick_device
 
-__all__ = ["Site", "answer", "new_trainer", "trainer_for"]
+__all__ = ["Site", "answer", "new_trainer", "refusal", "trainer_for"]
 
 _log = logging.getLogger("fedfuse.node")
 _trainers: OrderedDict[tuple[str, str, str], Trainer] = OrderedDict()
@@ -94,6 +93,7 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
             commit = books.reserve(reserved, request, site.policy.afford(request, mechanism))
             event = reserved
         else:
+            request.check_time()
             books.expose(name, request)
         trainer.load(weights)
         subjects = dataset.subject_numbers() if _by_subject(request) else None
@@ -129,17 +129,24 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
     except Exception as error:
         # The whole story stays here, in the node's own log.
         _log.warning("%s, round %d: %s", name, round, error, exc_info=error)
-        refused = isinstance(error, FedfuseError) and event is None
         ledger, head = books.head()
-        return TrainReply(
-            node=name,
-            round=round,
-            status="refused" if refused else "failed",
-            problem=scrubbed(error),
-            event=event,
-            ledger=ledger,
-            head=head,
+        return dataclasses.replace(
+            refusal(error, name, round=round, event=event), ledger=ledger, head=head
         )
+
+
+def refusal(
+    error: Exception, node: str, *, round: int = 0, event: Event | None = None
+) -> TrainReply:
+    """The reply that says `error`, scrubbed; `event`: what was reserved before it."""
+    refused = isinstance(error, FedfuseError) and event is None
+    return TrainReply(
+        node=node,
+        round=round,
+        status="refused" if refused else "failed",
+        problem=scrubbed(error),
+        event=event,
+    )
 
 
 def trainer_for(config: RunConfig, schema: Schema, *, worker: int = 0) -> Trainer:
@@ -180,8 +187,7 @@ def _check_run(request: TrainRequest, config: RunConfig) -> None:
             "the server runs another configuration than this node",
             hint="give both the same scenario",
         )
-    if request.deadline and time.time() > request.deadline:
-        raise WireError(f"round {request.round} is over: the request came after its deadline")
+    request.check_time()
 
 
 def _check_size(request: TrainRequest, config: RunConfig, schema: Schema) -> None:

@@ -1,12 +1,15 @@
 """node.toml: what a real node's operator decides, and no server can change.
 
 Its data, its ledger and its policy. Nothing here has a default that promises less: a node without a
-promise, a ledger or a list of servers does not start. clients/node.example.toml has each setting.
+promise, a ledger or a list of servers does not start; node.example.toml beside this file
+has each setting.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import pwd
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -61,6 +64,28 @@ class _Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Vault:
+    socket: str = "door/vault.sock"
+    """Where the vault is reached. It makes the folder, or wants it to be its own alone."""
+    clients: tuple[str, ...] = ()
+    """The users, by name or number, who may ask it. Empty: only the one that runs it."""
+    max_megabytes: int = 256
+    """The largest request; eight may be in memory at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Superlink:
+    address: str = ""
+    """host:port of the server's Fleet API."""
+    ca: str = ""
+    """The certificate that vouches for the server's, in PEM."""
+    key: str = ""
+    """The private key by which the server knows this node: P-384, in OpenSSH's format."""
+    insecure: bool = False
+    """No TLS and no key: for trials on one machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFile:
     """The settings in a node.toml, checked."""
 
@@ -70,11 +95,13 @@ class NodeFile:
     data: _Data = field(default_factory=_Data)
     ledger: _Ledger = field(default_factory=_Ledger)
     policy: _Policy = field(default_factory=_Policy)
+    vault: _Vault = field(default_factory=_Vault)
+    superlink: _Superlink = field(default_factory=_Superlink)
 
     @classmethod
     def read(cls, path: Path) -> NodeFile:
         """The settings in `path`. Raises ConfigError, also where there is no promise."""
-        tree = toml(path, missing="clients/node.example.toml is one to start from")
+        tree = toml(path, missing="`fedfuse node init` makes one")
         found = typed(cls, tree, where=str(path))
         for what, hint in found._faults():
             raise ConfigError(what, where=str(path), hint=hint)
@@ -99,6 +126,12 @@ class NodeFile:
                 anchor=absolute(self.ledger.anchor),
             ),
             policy=replace(self.policy, servers=tuple(servers)),
+            vault=replace(self.vault, socket=absolute(self.vault.socket)),
+            superlink=replace(
+                self.superlink,
+                ca=absolute(self.superlink.ca),
+                key=absolute(self.superlink.key),
+            ),
         )
 
     def rules(self) -> Policy:
@@ -121,6 +154,10 @@ class NodeFile:
             servers=None if servers == (ANY,) else frozenset(map(public_key, servers)),
             outputs=frozenset(policy.outputs),
         )
+
+    def clients(self) -> frozenset[int]:
+        """The users who may ask the vault, by number. Raises ConfigError on an unknown one."""
+        return frozenset(map(_user, self.vault.clients)) or frozenset({os.geteuid()})
 
     def _faults(self) -> Iterator[tuple[str, str]]:
         """(what, hint) of each setting that is missing or out of range."""
@@ -154,6 +191,10 @@ class NodeFile:
         ):
             if unknown := [word for word in found if word not in known]:
                 yield f"policy.{name} has {unknown[0]!r}", f"it may hold {', '.join(known)}"
+        if not 0 < self.vault.max_megabytes <= 1 << 20:
+            yield f"vault.max_megabytes = {self.vault.max_megabytes}, but it must be from 1 on", ""
+        if not self.vault.socket:
+            yield "vault.socket is missing", "say where the vault's socket is to lie"
         for name, value in (
             ("min_noise_multiplier", policy.min_noise_multiplier),
             ("max_sample_rate", policy.max_sample_rate),
@@ -164,3 +205,15 @@ class NodeFile:
         ):
             if not 0 <= value < math.inf:
                 yield f"policy.{name} = {value}, but it must be a number from 0 on", ""
+
+
+def _user(name: str) -> int:
+    """The number of a user. Raises ConfigError."""
+    try:
+        return int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigError(
+            f"there is no user {name!r} on this machine",
+            where="vault.clients",
+            hint="make the user that is to run the SuperNode, or name another one",
+        ) from None

@@ -106,22 +106,25 @@ class Policy:
         """What decides, from all that was spent before, whether the run can be paid for.
 
         All that was run or reserved on the data, and the whole rest of the run as announced, must
-        stay within the promise: a run that cannot be finished is not begun. Raises BudgetExceeded.
+        stay within the promise: a run that cannot be finished is not begun. Nor is a round that is
+        over by then: the request may have waited, and to account takes a while.
+
+        Raises BudgetExceeded, or WireError.
         """
         ahead = request.rounds - request.round + 1
         rest = dataclasses.replace(mechanism, steps=mechanism.steps * ahead)
 
         def decide(history: Iterable[Mechanism]) -> None:
             past = tuple(history)
-            if accounting.within([*past, rest], self.epsilon, self.delta):
-                return
-            before = ", after all that was spent before," if past else ""
-            raise BudgetExceeded(
-                f"{ahead} rounds of {mechanism.steps} steps (q = {mechanism.sample_rate:g}, "
-                f"sigma = {mechanism.noise_multiplier:g}){before} would spend more than "
-                f"epsilon = {self.epsilon:g} (delta = {self.delta:g})",
-                hint="ask for fewer rounds or steps, or for more noise",
-            )
+            if not accounting.within([*past, rest], self.epsilon, self.delta):
+                before = ", after all that was spent before," if past else ""
+                raise BudgetExceeded(
+                    f"{ahead} rounds of {mechanism.steps} steps (q = {mechanism.sample_rate:g}, "
+                    f"sigma = {mechanism.noise_multiplier:g}){before} would spend more than "
+                    f"epsilon = {self.epsilon:g} (delta = {self.delta:g})",
+                    hint="ask for fewer rounds or steps, or for more noise",
+                )
+            request.check_time()
 
         return decide
 

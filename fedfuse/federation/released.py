@@ -56,7 +56,7 @@ def open_model(folder: RunFolder, device: str = "cpu") -> tuple[FusionModel, Sch
     weights, text = folder.model()
     try:
         schema = Schema.from_dict({"modalities": text["modality"], "target": text["target"]})
-        config = typed(ModelConfig, text["model"], where="model.toml")
+        config = typed(ModelConfig, text["model"], where=str(folder.path))
         model = build_model(
             schema,
             config,
@@ -64,7 +64,7 @@ def open_model(folder: RunFolder, device: str = "cpu") -> tuple[FusionModel, Sch
             seed=text["seed"],
             graph=Graph.of(text["knowledge"]["triples"]) if "knowledge" in text else None,
         )
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise RunFolderError(
             f"model.toml does not describe a model: {error!r}",
             where=str(folder.path),

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import open_split
+from fedfuse.data.reading import open_reading
 from fedfuse.errors import ConfigError
 from fedfuse.federation.observer import Silent
 from fedfuse.federation.session import Session
@@ -65,6 +66,7 @@ def serve(grid: Grid, config: RunConfig) -> None:
     signer = SigningKey.load(Path(key)) if key else None
     settled = settle(config, mean_records=None)
     test = open_split(Path(store), "test")
+    has_valid = (Path(store) / "valid").is_dir()
     resume = (Path(out) / "config.toml").exists()
     folder = RunFolder.create(Path(out), config, resume=resume)
     session = Session(
@@ -74,6 +76,8 @@ def serve(grid: Grid, config: RunConfig) -> None:
         folder=folder,
         schema=test.schema,
         test=test,
+        valid=open_split(Path(store), "valid") if has_valid else None,
+        reading=open_reading(Path(store)),
         observer=Silent(),
         key=signer,
         last=config.train.rounds,

@@ -7,14 +7,18 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedfuse.batch import Schema
+from fedfuse.batch import Schema, TargetKind
 from fedfuse.config import RunConfig
+from fedfuse.conformal import Calibration
 from fedfuse.data.dataset import Dataset
-from fedfuse.evaluate import evaluate, slices
+from fedfuse.data.reading import Reading
+from fedfuse.evaluate import evaluate, predict, slices
 from fedfuse.federation import spending
 from fedfuse.federation.gathering import Mean
 from fedfuse.federation.node import new_trainer
@@ -31,6 +35,7 @@ from fedfuse.federation.wire import (
     event_of,
     signed,
 )
+from fedfuse.models.answer import answer
 from fedfuse.privacy.adaptive import next_clip_norm
 from fedfuse.privacy.central import NoisyMean, noisy_count
 from fedfuse.privacy.noise import NoiseStream, round_secret
@@ -56,6 +61,10 @@ class Session:
     schema: Schema
     test: Dataset
     observer: Observer
+    valid: Dataset | None = None
+    """The server's own: what sets and intervals are calibrated on at the end."""
+    reading: Reading | None = None
+    """How records are read; None where the prepared data does not say."""
     nodes: tuple[str, ...] = ()
     """All names, where the server knows them: in a simulation."""
     first: int = 1
@@ -217,6 +226,8 @@ class Session:
         """Writes the model as it stands after the last finished round."""
         if self.done:
             self.folder.write_model(self._weights, describe(self.schema, self.config))
+            if self.reading is not None:
+                self.folder.write_use(self.reading.as_dict(), self._calibration())
 
     def final_metrics(self) -> dict[str, float]:
         """The model's figures on the test records, as it stands after the last finished round."""
@@ -230,6 +241,20 @@ class Session:
         self._trainer.load(self._weights)
         trainer, names = self._trainer, self.schema.names
         return slices(trainer.model, self.test, self.task, names, device=trainer.device)
+
+    def _calibration(self) -> dict[str, Any] | None:
+        """How well the model fits the valid records; None where there are none, or it diverged."""
+        if self.valid is None:
+            return None
+        self._trainer.load(self._weights)
+        outputs, truth = predict(self._trainer.model, self.valid, device=self._trainer.device)
+        target = self.schema.target
+        if target.kind is TargetKind.REGRESSION:
+            truth = target.centre + target.scale * truth
+        told = answer(outputs, target).double().numpy()
+        if not np.isfinite(told).all():
+            return None
+        return Calibration.of(target.kind, told, truth.numpy()).as_dict()
 
     def abandon(self) -> None:
         """Enters a round that was broken off in the books: what was reserved counts."""

@@ -84,6 +84,7 @@ def simulate(
         prepared.write(store)
         names = tuple(shard.name for shard in prepared.shards)
         schema, fingerprint, notes = prepared.schema, prepared.fingerprint, prepared.notes
+        reading, has_valid = prepared.reading, prepared.valid is not None
         del prepared  # from here on it is memory-mapped
         books = open_ledgers(ledgers, names) if ledgers is not None else ()
         folder = RunFolder.create(out, config, resume=resume)
@@ -95,6 +96,8 @@ def simulate(
                 folder=folder,
                 schema=schema,
                 test=open_split(store, "test"),
+                valid=open_split(store, "valid") if has_valid else None,
+                reading=reading,
                 observer=observer,
                 nodes=names,
                 last=config.train.rounds,

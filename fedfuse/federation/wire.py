@@ -38,6 +38,7 @@ import io
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -247,6 +248,11 @@ class TrainRequest:
             weights.update(array.data)
         text = json.dumps(config | {"weights": weights.hexdigest()}, sort_keys=True)
         return text.encode()
+
+    def check_time(self) -> None:
+        """Raises WireError where the answer would come after the deadline."""
+        if self.deadline and time.time() > self.deadline:
+            raise WireError(f"round {self.round} is over: the request came after its deadline")
 
     def check_signature(self) -> None:
         """Raises WireError where the request names a server that did not sign it."""

@@ -15,8 +15,9 @@ from fedfuse.models.blocks import groups_for
 from fedfuse.models.cosines import cosine_terms, cosines
 from fedfuse.models.encoder import Encoder, Features
 from fedfuse.models.spec import ModelConfig
-from fedfuse.models.text import TextBag, TextGru, TextTransformer, Words
-from fedfuse.models.video import VideoPool
+from fedfuse.models.steps import SoundSteps, StepsEncoder
+from fedfuse.models.text import TextBag, TextSteps, Words
+from fedfuse.models.video import VideoPool, VideoSteps
 
 __all__ = ["as_plane", "build_encoder", "summary_of_series"]
 
@@ -30,16 +31,22 @@ def build_encoder(
 
     `sequence`: it can also give tokens of the record's parts; see `Encoder`.
     """
-    shape = modality.shape
+    shape, name = modality.shape, getattr(config.encoder, modality.kind.value, "")
     match modality.kind:
         case Kind.IMAGE:
             layers = (config.image_width, config.image_depth, config.image_terms)
             return PlaneEncoder(shape, *layers, config.dim, sequence=sequence)
+        case Kind.AUDIO if name != "cnn":
+            return SoundSteps(shape[0], name, config, sequence=sequence)
         case Kind.AUDIO:
             layers = (config.audio_width, config.audio_depth, config.audio_terms)
             return PlaneEncoder((1, *shape), *layers, config.dim, sequence=sequence)
+        case Kind.VIDEO if name != "pool":
+            return VideoSteps(shape, name, config, sequence=sequence)
         case Kind.VIDEO:
             return VideoPool(shape, config, sequence=sequence)
+        case Kind.SERIES if name != "cnn":
+            return StepsEncoder(shape[1], name, config, sequence=sequence)
         case Kind.SERIES:
             return SeriesEncoder(
                 shape, config.series_width, config.series_depth, config.dim, sequence=sequence
@@ -48,13 +55,9 @@ def build_encoder(
             return VectorEncoder(shape[0], config.vector_width, config.dim)
         case Kind.TEXT:
             words = Words(vocabulary, config.text_width, learned=config.learned_words)
-            match config.encoder.text:
-                case "transformer":
-                    return TextTransformer(words, config, sequence=sequence)
-                case "gru":
-                    return TextGru(words, config, sequence=sequence)
-                case _:
-                    return TextBag(words, config, sequence=sequence)
+            if name != "bag":
+                return TextSteps(words, name, config, sequence=sequence)
+            return TextBag(words, config, sequence=sequence)
 
 
 class PlaneEncoder(Encoder):

@@ -13,6 +13,8 @@ __all__ = ["Graph", "read_graph"]
 
 _MOST_CONCEPTS = 4096
 _MOST_TRIPLES = 65_536
+_MOST_BYTES = 64 << 20
+"""A server may name any path on a node, such as a device that never ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,8 @@ def read_graph(path: Path, sha256: str = "") -> Graph:
     Raises DataError, with the line; of such an error only the class leaves a node.
     """
     try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            raise OSError
         raw = path.read_bytes()
         lines = raw.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

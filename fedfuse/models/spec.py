@@ -34,9 +34,9 @@ LOSSES = ("auto", "cross-entropy", "focal", "mse", "mae", "huber")
 CLASS_WEIGHTS = ("none", "priors")
 ENCODERS = {
     "image": ("cnn",),
-    "audio": ("cnn",),
-    "video": ("pool",),
-    "series": ("cnn",),
+    "audio": ("cnn", "gru", "transformer"),
+    "video": ("pool", "gru", "transformer"),
+    "series": ("cnn", "gru", "transformer"),
     "text": ("bag", "transformer", "gru"),
 }
 """The encoders of each kind of modality that has a choice, or may have; the first one is taken."""
@@ -142,6 +142,12 @@ class ModelConfig:
     """Channels of the first convolution over time."""
     series_depth: int = 2
     """Convolutions of the series encoder."""
+    steps_width: int = 32
+    """Width of a step in the GRU or Transformer of a sound, a video or a series."""
+    steps_layers: int = 1
+    """Their layers."""
+    steps_heads: int = 2
+    """Attention heads; divides steps_width."""
     vector_width: int = 32
     """Hidden units of the encoder of vectors and tables."""
     text_width: int = 64

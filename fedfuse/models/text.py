@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfuse.models.blocks import TransformerBlock, masked_mean, sinusoids
 from fedfuse.models.encoder import Encoder, Features
 from fedfuse.models.spec import ModelConfig
+from fedfuse.models.steps import STEPS
 
-__all__ = ["TextBag", "TextGru", "TextTransformer", "Words", "bag_of_words"]
+__all__ = ["TextBag", "TextSteps", "Words", "bag_of_words"]
 
 
 class Words(nn.Module):
@@ -67,58 +67,17 @@ class TextBag(Encoder):
         return Features(bag_of_words(vectors, seen), vectors, seen)
 
 
-class TextTransformer(Encoder):
-    """A small Transformer over words with fixed sinusoidal positions, then the mean."""
+class TextSteps(Encoder):
+    """Words one after the other, each in its context."""
 
-    def __init__(self, words: Words, config: ModelConfig, *, sequence: bool) -> None:
+    def __init__(self, words: Words, name: str, config: ModelConfig, *, sequence: bool) -> None:
         super().__init__()
+        self.steps = STEPS[name](words.width, config.text_layers, config.text_heads)
         self.words = words
-        self.blocks = nn.ModuleList(
-            TransformerBlock(words.width, config.text_heads) for _ in range(config.text_layers)
-        )
-        self.norm = nn.LayerNorm(words.width)
         self._ends(words.width, words.width, config.dim, sequence=sequence)
 
     def features(self, x: Tensor) -> Features:
-        """(B, L) -> the mean (B, W), and the words in their context (B, L, W)."""
-        h, seen = self.words(x)
-        h = h + sinusoids(x.shape[1], self.words.width, h)
-        for block in self.blocks:
-            h = block(h, seen)
-        h = self.norm(h)
-        return Features(masked_mean(h, seen), h, seen)
-
-
-class TextGru(Encoder):
-    """A GRU (Cho et al. 2014, arXiv:1406.1078v3) built from Linear layers, whose per-record
-    gradients are exact; padding leaves the state as it is."""
-
-    def __init__(self, words: Words, config: ModelConfig, *, sequence: bool) -> None:
-        super().__init__()
-        self.words = words
-        width = words.width
-        self.inputs = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(config.text_layers))
-        self.states = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(config.text_layers))
-        self._ends(width, width, config.dim, sequence=sequence)
-
-    def features(self, x: Tensor) -> Features:
-        """(B, L) -> the last state (B, W), and the state after each word (B, L, W)."""
-        h, seen = self.words(x)
-        for to_gates, from_state in zip(self.inputs, self.states, strict=True):
-            h = _gru_layer(h, seen, to_gates, from_state)
-        return Features(h[:, -1], h, seen)
-
-
-def _gru_layer(x: Tensor, seen: Tensor, to_gates: nn.Module, from_state: nn.Module) -> Tensor:
-    """(B, L, W) -> (B, L, W): the state after each word."""
-    gates = to_gates(x)
-    state = x.new_zeros(x.shape[0], x.shape[2])
-    states = []
-    for t in range(x.shape[1]):
-        reset_in, update_in, new_in = gates[:, t].chunk(3, 1)
-        reset_s, update_s, new_s = from_state(state).chunk(3, 1)
-        reset, update = torch.sigmoid(reset_in + reset_s), torch.sigmoid(update_in + update_s)
-        new = torch.tanh(new_in + reset * new_s)
-        state = torch.where(seen[:, t : t + 1], (1 - update) * new + update * state, state)
-        states.append(state)
-    return torch.stack(states, 1)
+        """(B, L) -> the text as one vector (B, W), and its words (B, L, W)."""
+        vectors, seen = self.words(x)
+        whole, parts = self.steps(vectors, seen)
+        return Features(whole, parts, seen)

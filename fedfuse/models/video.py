@@ -10,8 +10,9 @@ from fedfuse.models.blocks import groups_for
 from fedfuse.models.cosines import cosines, frame_terms, over_time
 from fedfuse.models.encoder import Encoder, Features
 from fedfuse.models.spec import ModelConfig
+from fedfuse.models.steps import StepsEncoder
 
-__all__ = ["TIMES", "Frames", "VideoPool", "as_clip"]
+__all__ = ["TIMES", "Frames", "VideoPool", "VideoSteps", "as_clip"]
 
 TIMES = 3
 """Cosine terms over time: the mean, a trend, a bend."""
@@ -75,6 +76,22 @@ class VideoPool(Encoder):
         """(B, T, C, H, W) -> all of it, and its frames."""
         frames = self.frames(x)
         return Features(over_time(frames, self.times), frames)
+
+
+class VideoSteps(StepsEncoder):
+    """Frames put together by what is learned about time, after each was seen alone (the factorised
+    encoder of Arnab et al. 2021, ViViT, arXiv:2103.15691v2, section 3.3)."""
+
+    def __init__(
+        self, shape: tuple[int, ...], name: str, config: ModelConfig, *, sequence: bool
+    ) -> None:
+        pictures = Frames(shape, config)
+        super().__init__(pictures.width, name, config, sequence=sequence)
+        self.pictures = pictures
+
+    def frames(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C, H, W) -> (B, T, F); no frame is padding."""
+        return self.pictures(x), x.new_ones(x.shape[:2], dtype=torch.bool)
 
 
 def as_clip(x: Tensor) -> Tensor:

@@ -155,6 +155,11 @@ class Ledger:
         with self._locked():
             return self._tally.requests.get(request)
 
+    def last_round(self, run: str) -> int:
+        """The last round of `run` that something was spent on; 0 where there is none."""
+        with self._locked():
+            return self._tally.last.get(run, 0)
+
     def entries(self) -> Iterator[Entry]:
         """All lines that are there now, checked once more."""
         with self._locked():

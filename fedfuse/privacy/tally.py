@@ -43,6 +43,8 @@ class Tally:
         """The ids of all requests that something was spent on: whether it was committed here."""
         self.servers: dict[str, str] = {}
         """Of each run: the server that used its id first."""
+        self.last: dict[str, int] = {}
+        """Of each run: the last of its rounds that something was spent on."""
         self.open: dict[int, Entry] = {}
         """By number: the reservations without a commit."""
         self.exposed: set[str] = set()
@@ -128,6 +130,7 @@ class Tally:
     def _count(self, entry: Entry, unit: Unit) -> None:
         self.requests.setdefault(entry.request, False)
         self.servers.setdefault(entry.run, entry.server)
+        self.last[entry.run] = max(self.last.get(entry.run, 0), entry.round)
         account = entry.dataset, unit
         self._rounds.setdefault(account, {}).setdefault(entry.run, set()).add(entry.round)
         self._served.setdefault(account, set()).add(entry.server)

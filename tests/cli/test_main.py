@@ -22,6 +22,7 @@ HEAVY = ("torch", "flwr", "numpy", "matplotlib", "ray", "opacus", "rich")
     [
         (("--help",), "fedfuse simulate --epsilon 8"),
         (("simulate", "--help"), "fedfuse simulate --unit none"),
+        (("predict", "--help"), "fedfuse predict runs/quickstart new.csv"),
         (("data", "--help"), "check"),
         (("data", "check", "--help"), "fedfuse data check clinic/manifest.csv"),
         (("data", "demo", "--help"), "fedfuse data demo demo"),

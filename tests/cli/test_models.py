@@ -27,8 +27,11 @@ def test_all_operators_and_encoders_are_listed(run: Run, tmp_path: Path) -> None
     assert all(each["paper"] for each in fusions.values())
     assert fusions["early"]["what"] == "early"
     assert fusions["cross-attention"]["flops"] > fusions["concat"]["flops"]
-    names = [each["name"] for each in tree["encoders"]]
-    assert names == ["cnn", "cnn", *ENCODERS["text"]]
+    encoders = {(each["what"], each["name"]): each for each in tree["encoders"]}
+    assert {(kind, name) for kind, names in ENCODERS.items() for name in names} < set(encoders)
+    assert all(each["parameters"] > 0 and each["flops"] > 0 for each in encoders.values())
+    assert encoders["video", "transformer"]["flops"] > encoders["video", "pool"]["flops"]
+    assert encoders["text", "gru"]["paper"] == "arXiv:1406.1078"
 
 
 def test_shapes_come_from_a_manifest_and_widths_from_settings(run: Run, tmp_path: Path) -> None:

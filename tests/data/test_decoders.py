@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +18,7 @@ from fedfuse.data.media import media_path, read_array
 from fedfuse.data.series import SeriesSpec, fit_series
 from fedfuse.data.table import TableColumn, TableSpec, fit_table, read_cells, with_flags
 from fedfuse.data.text import TextSpec, load_tokenizer, token_ids
+from fedfuse.data.torchaudio_compat import load_torchaudio
 from fedfuse.data.vector import VectorSpec, fit_vector
 from fedfuse.errors import DataError
 
@@ -271,3 +273,19 @@ def test_a_tokenizer_that_is_not_there_is_one_clear_error(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="cannot be loaded") as error:
         load_tokenizer(str(tmp_path / "none"))
     assert "save_pretrained" in str(error.value)
+
+
+def test_cepstra_are_those_of_torchaudio_each_coefficient_on_its_own_scale() -> None:
+    spec = AudioSpec(rate=8000, seconds=0.5, bands=40, frames=32, coefficients=13)
+    noise = np.random.default_rng(0).standard_normal(4000).astype(np.float32)
+    found, short = log_mel([noise, noise[:1000]], spec)
+    assert found.shape == spec.shape == (13, 32)
+    mel = {"n_fft": 256, "win_length": 256, "hop_length": 125, "n_mels": 40, "normalized": True,
+           "pad_mode": "constant"}  # fmt: skip
+    torchaudio = load_torchaudio()
+    reference = torchaudio.transforms.MFCC(8000, 13, log_mels=True, melkwargs=mel)
+    expected = reference(torch.from_numpy(noise))[:, :32].numpy()
+    expected = (expected - expected.mean(1, keepdims=True)) / expected.std(1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    assert np.allclose(short[:, 8:], 0)
+    assert np.allclose(short[:, :8].mean(1), 0, atol=1e-4)

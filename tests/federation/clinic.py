@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord, RecordDict
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import open_node, prepare
-from fedfuse.federation.client import make_client_app
-from fedfuse.federation.flower import received, with_id
+from fedfuse.federation import node
+from fedfuse.federation.framing import Letter
 from fedfuse.federation.node import new_trainer
 from fedfuse.federation.rounds import job_of
 from fedfuse.federation.settle import settle
+from fedfuse.federation.vault import Vault
 from fedfuse.federation.wire import TrainRequest, config_digest, encode, signed
 from fedfuse.models.model import count_parameters
 from fedfuse.privacy.ledger import Ledger
@@ -32,7 +32,8 @@ class Clinic:
     folder: Path
     config: RunConfig
     server: SigningKey
-    app: ClientApp = field(default_factory=make_client_app)
+    vault: Vault | None = None
+    """Opened by the first request."""
 
     @classmethod
     def open(cls, folder: Path, config: RunConfig, **policy: Any) -> Clinic:
@@ -85,14 +86,22 @@ class Clinic:
     def answer(
         self, request: TrainRequest | RecordDict, config: RunConfig | None = None
     ) -> RecordDict:
-        """What the node sends back, as it leaves the app."""
-        run_config = (config or self.config).to_flat()
+        """What the node sends back, as it leaves the vault."""
+        return self.asked("train", request, config)
+
+    def asked(
+        self, kind: str, request: TrainRequest | RecordDict, config: RunConfig | None = None
+    ) -> RecordDict:
+        """The same for any kind of message."""
+        settings = (config or self.config).to_flat()
         record = request if isinstance(request, RecordDict) else request.to_record()
-        context = Context(
-            1, 1, {"node-file": str(self.folder / "node.toml")}, RecordDict(), run_config
-        )
-        message = with_id(Message(RecordDict(), dst_node_id=1, message_type="train"))
-        return self.app(received(record, message.metadata), context).content
+        self.vault = self.vault or Vault(self.folder / "node.toml")
+        return self.vault.hear(Letter(kind=kind, record=record, settings=settings)).to_record()
+
+    def restart(self) -> None:
+        """The vault's process ends; the next request meets a new one, which reads all anew."""
+        self.vault = None
+        node._open.cache_clear()
 
     def said(self, request: TrainRequest | RecordDict, config: RunConfig | None = None) -> str:
         """The status of the answer, and the problem that it tells."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import pytest
 from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.prepare import prepare
-from fedfuse.federation import client, node
+from fedfuse.errors import LedgerError
+from fedfuse.federation import node
 from fedfuse.federation.wire import config_digest, signed
+from fedfuse.privacy import accounting
 from fedfuse.privacy.ledger import Kind
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.spec import Unit
@@ -173,6 +176,34 @@ def test_a_message_that_comes_twice_is_charged_once(clinic: Clinic, unread: list
     assert clinic.ledger().accounts()[0].rounds == 1
 
 
+def test_a_round_that_is_over_is_refused_and_costs_nothing(
+    clinic: Clinic, unread: list[int]
+) -> None:
+    stale = clinic.request(round=1)
+    assert clinic.said(clinic.request(round=2)) == "ok: "
+    assert clinic.said(clinic.request(round=2)) == "ok: "  # its server was stopped, and goes on
+    read = len(unread)
+    assert "round 1 is over: round 2 of this run was answered" in clinic.said(stale)
+    assert len(unread) == read
+    assert [entry.round for entry in clinic.ledger().entries()][1:] == [2, 2, 2, 2]
+    assert clinic.said(clinic.request(run="e" * 32, round=1)) == "ok: "
+
+
+def test_a_round_that_ends_while_its_cost_is_weighed_is_not_charged(
+    clinic: Clinic, unread: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = clinic.request(deadline=time.time() + 60)
+
+    def slowly(*given: Any) -> bool:
+        monkeypatch.setattr(time, "time", lambda: late.deadline + 1)
+        return True
+
+    monkeypatch.setattr(accounting, "within", slowly)
+    assert "after its deadline" in clinic.said(late)
+    assert unread == []
+    assert clinic.ledger().datasets() == ()
+
+
 def test_a_run_of_another_server_cannot_be_gone_on_with(
     clinic: Clinic, config: RunConfig, tmp_path: Path
 ) -> None:
@@ -248,15 +279,20 @@ def test_a_ledger_that_cannot_be_trusted_stops_the_node(clinic: Clinic, unread: 
     assert clinic.said(clinic.request()) == "ok: "
     whole = path.read_bytes()
     read = len(unread)
-    for damaged in (older, whole.replace(b"site-a", b"site-b", 1), b""):
+    for damaged in (older, b""):
         path.write_bytes(damaged)
-        if len(damaged) == len(whole):
-            client._ledger.cache_clear()  # as after a start: an earlier line is read then only
         said = clinic.said(clinic.request())
         assert said.startswith("refused: LedgerError"), said
         assert str(clinic.folder) not in said
     path.unlink()
     assert "there is no ledger" in clinic.said(clinic.request())
+    for damaged in (older, whole.replace(b"site-a", b"site-b", 1), b"", None):
+        path.unlink(missing_ok=True)
+        if damaged is not None:
+            path.write_bytes(damaged)
+        clinic.restart()
+        with pytest.raises(LedgerError):
+            clinic.answer(clinic.request())
     assert len(unread) == read
 
 
@@ -273,14 +309,15 @@ def test_changed_records_do_not_bring_a_new_budget(
     shutil.rmtree(clinic.folder / "store")
     changed = config.with_values({"data.manifest": str(manifest)})
     prepare(changed.data, seed=0, fingerprints=True).write(clinic.folder / "store")
-    node._open.cache_clear()
     read = len(unread)
+    assert "were changed while it was running" in clinic.said(clinic.request())
+    clinic.restart()
     assert "not those that its ledger knows" in clinic.said(clinic.request())
     assert len(unread) == read
     known = clinic.ledger().datasets()[0]
     text = (clinic.folder / "node.toml").read_text()
     (clinic.folder / "node.toml").write_text(text.replace("[data]", f'[data]\ndataset = "{known}"'))
-    client._settings.cache_clear()
+    clinic.restart()
     assert clinic.said(clinic.request(run="c" * 32)) == "ok: "
     assert clinic.ledger().accounts()[0].runs == 2
 
@@ -330,7 +367,7 @@ def test_data_that_a_run_without_a_promise_has_read_cannot_be_promised_anything_
     assert "was answered before" in open_run.said(asked)
     assert private.ledger().accounts()[0].exposed
     (private.folder / "node.toml").write_text(text)
-    client._settings.cache_clear()
+    private.restart()
     read = len(unread)
     assert "promises nothing" in private.said(private.request(run="d" * 32))
     assert len(unread) == read

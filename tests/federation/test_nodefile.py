@@ -10,11 +10,12 @@ import pytest
 import tomli_w
 
 from fedfuse.errors import ConfigError, PrivacyError
+from fedfuse.federation import nodefile
 from fedfuse.federation.nodefile import NodeFile
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.spec import Unit
 
-ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = Path(nodefile.__file__).with_name("node.example.toml")
 KEY = "ab" * 32
 
 
@@ -34,13 +35,13 @@ def written(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def test_the_example_is_a_node_and_names_every_setting(tmp_path: Path) -> None:
-    example = ROOT / "clients" / "node.example.toml"
+    example = EXAMPLE
     settings = NodeFile.read(example)
     assert (settings.policy.unit, settings.policy.max_epsilon) == ("record", 2.0)
     assert settings.ledger.anchor == "/mnt/other/clinic.anchor"
     assert settings.ledger.file == str(example.parent / "clinic.ledger")
     text = example.read_text()
-    for section in ("data", "ledger", "policy"):
+    for section in ("data", "ledger", "policy", "vault", "superlink"):
         for name in type(getattr(settings, section)).__dataclass_fields__:
             assert f"{name} = " in text, f"{section}.{name}"
     tree = tomllib.loads(text)

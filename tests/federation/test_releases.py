@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
-from fedfuse.federation import client, node
-from fedfuse.federation.flower import received, with_id
+from fedfuse.federation import node
 from fedfuse.federation.wire import TrainRequest
 from tests.federation.clinic import Clinic
 from tests.federation.conftest import write_manifest
@@ -117,8 +116,7 @@ def _nothing(value: Any) -> Any:
 
 
 def answers(clinic: Clinic, asked: TrainRequest) -> RecordDict:
-    node._open.cache_clear()
-    client._settings.cache_clear()
+    clinic.restart()
     return clinic.answer(asked)
 
 
@@ -230,11 +228,7 @@ def clinic_message(make_config: MakeConfig, tmp_path: Path) -> Callable[[str], R
     clinic = Clinic.open(tmp_path / "clinic", make_config(privacy__declared_records=30))
 
     def send(kind: str) -> RecordDict:
-        message = with_id(Message(RecordDict(), dst_node_id=1, message_type=kind))
-        context = Context(1, 1, {"node-file": str(clinic.folder / "node.toml")}, RecordDict(), {})
-        content: RecordDict = clinic.app(
-            received(clinic.request().to_record(), message.metadata), context
-        ).content
+        content = clinic.asked(kind, clinic.request())
         assert clinic.ledger().datasets() == ()
         return content
 

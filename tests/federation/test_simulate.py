@@ -24,6 +24,7 @@ from flwr.app import Context, RecordDict
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import prepare
+from fedfuse.data.reading import Reading
 from fedfuse.errors import ConfigError, FederationError, PrivacyError, RunFolderError
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.loopback import LoopbackGrid
@@ -91,6 +92,8 @@ def test_a_run_writes_all_that_its_summary_says(
     assert {event.status for event in events} == {"spent"}
     assert not (tmp_path / "run" / "reserved.json").exists()
     model, schema = open_model(folder)
+    assert Reading.from_dict(folder.reading()).schema == schema
+    assert folder.calibration() is None  # there is no valid split
     assert schema.names == ("left", "right")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == summary["parameters"]
     assert folder.config() == config

@@ -43,6 +43,12 @@ def test_a_missing_file_and_another_digest_are_refused(tmp_path: Path) -> None:
         read_graph(path, "0" * 64)
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "/proc", "/dev/null"])
+def test_a_path_that_never_ends_is_refused(path: str) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_graph(Path(path))
+
+
 def test_what_is_in_a_file_on_a_node_does_not_leave_it(tmp_path: Path) -> None:
     path = tmp_path / "patients.csv"
     path.write_text("smith;flu\n")

@@ -30,8 +30,8 @@ FUSION = ("concat", "co-attention")
 SMALL = {
     "dim": 4, "fusion_heads": 2, "head_width": 3, "image_width": 2, "image_depth": 2,
     "image_terms": 2, "audio_width": 2, "audio_depth": 2, "audio_terms": 3, "video_width": 2,
-    "video_depth": 2, "video_terms": 2, "series_width": 4, "vector_width": 3, "text_width": 4,
-    "text_heads": 2,
+    "video_depth": 2, "video_terms": 2, "series_width": 4, "steps_width": 4, "vector_width": 3,
+    "text_width": 4, "text_heads": 2,
 }  # fmt: skip
 
 

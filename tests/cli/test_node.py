@@ -1,0 +1,252 @@
+"""`fedfuse node`: from an empty folder to a node that is ready, and what is told when it is not."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fedfuse.federation.door import Door
+from fedfuse.federation.newnode import node_key
+from fedfuse.federation.nodefile import NodeFile
+from fedfuse.privacy.ledger import Ledger
+from fedfuse.privacy.signing import SigningKey
+from tests.cli.stand_ins import Result
+from tests.federation.conftest import write_manifest
+
+Run = Callable[..., Result]
+NODE = Path("clinic")
+
+
+def a_certificate(path: Path, *, days: float = 365, since: float = 1) -> Path:
+    """A certificate that vouches for itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a federation")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=since))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .sign(key, hashes.SHA256())
+    )
+    path.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+@pytest.fixture
+def made(run: Run, tmp_path: Path) -> Path:
+    """A node with data, that lacks nothing."""
+    SigningKey.create(tmp_path / "server.pem")
+    ca = a_certificate(tmp_path / "ca.pem")
+    words: tuple[Any, ...] = (
+        "--name", "clinic a", "--epsilon", 4, "--server", tmp_path / "server.pem",
+        "--superlink", "127.0.0.1:1", "--ca", ca, "--anchor", tmp_path / "anchor",
+    )  # fmt: skip
+    done = run("node", "init", NODE, *words)
+    assert done.code == 0, done.err
+    assert done.out.split()[0] == "ecdsa-sha2-nistp384"
+    assert done.out == (NODE / "supernode.pub").read_text()
+    manifest = write_manifest(tmp_path)
+    done = run("node", "prepare", NODE, manifest)
+    assert done.code == 0, done.err
+    assert done.out == "90 records of left, right\n"
+    return tmp_path / NODE
+
+
+def looks(run: Run, *words: str) -> dict[str, dict[str, str]]:
+    done = run("node", "check", NODE, "--json", *words)
+    found = {look["name"]: look for look in json.loads(done.out)}
+    assert (done.code == 1) == any(look["state"] == "wrong" for look in found.values())
+    return found
+
+
+@pytest.mark.parametrize("command", ["init", "prepare", "check", "start", "status"])
+def test_each_command_has_help_with_an_example(run: Run, command: str) -> None:
+    done = run("node", command, "--help")
+    assert done.code == 0
+    assert f"Example: fedfuse node {command} clinic" in done.out
+
+
+def test_a_new_node_is_ready_and_its_own(run: Run, made: Path) -> None:
+    settings = NodeFile.read(made / "node.toml")
+    assert settings.name == "clinic a"
+    server = SigningKey.load(made.parent / "server.pem").public
+    assert settings.policy.servers == (server,)
+    assert (settings.policy.max_epsilon, settings.policy.delta) == (4.0, 1e-6)
+    assert (made / "ca.pem").read_bytes() == (made.parent / "ca.pem").read_bytes()
+    ledger = Ledger.open(made / "ledger", key=made / "ledger.pem", anchor=made.parent / "anchor")
+    assert (ledger.node, ledger.datasets()) == ("clinic a", ())
+    for path in [made, *made.rglob("*.key"), *made.rglob("*.pem"), made / "node.toml"]:
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert node_key(made / "supernode.key").curve.name == "secp384r1"
+    found = looks(run, "--offline")
+    states = {name: look["state"] for name, look in found.items()}
+    assert states.pop("vault") == "note"  # one user for both
+    assert set(states.values()) == {"ok"}, found
+    assert "90 records" in found["data"]["found"]
+    assert "0.00 of 4" in found["budget"]["found"]
+    text = run("node", "check", NODE, "--offline").out
+    assert "✓ data" in text
+    assert "hint: the app bundle" in text
+
+
+def test_the_server_is_asked_unless_offline(run: Run, made: Path) -> None:
+    found = looks(run)["server"]
+    assert found["state"] == "wrong"
+    assert "127.0.0.1:1 does not answer" in found["found"]
+
+
+def spoil(made: Path, what: str, tmp_path: Path) -> None:
+    text = (made / "node.toml").read_text()
+    match what:
+        case "settings":
+            (made / "node.toml").write_text(text.replace("max_epsilon", "max_epsilom"))
+        case "settings' rights":
+            (made / "node.toml").chmod(0o622)
+        case "key":
+            (made / "supernode.key").chmod(0o644)
+        case "no key":
+            (made / "supernode.key").write_text("no key")
+        case "ledger's key":
+            (made / "ledger.pem").chmod(0o640)
+        case "old":
+            a_certificate(made / "ca.pem", days=-0.5)
+        case "soon":
+            a_certificate(made / "ca.pem", days=3)
+        case "clock":
+            a_certificate(made / "ca.pem", since=-1)
+        case "certificate":
+            (made / "ca.pem").write_text("none")
+        case "anchor":
+            (tmp_path / "anchor").write_bytes((tmp_path / "anchor").read_bytes() + b"x")
+        case "data":
+            (made / "store").rename(made / "elsewhere")
+        case "store's rights":
+            (made / "store").chmod(0o750)
+        case "device":
+            (made / "node.toml").write_text(f'device = "cuda:77"\n{text}')
+        case "door":
+            (made / "door").mkdir(mode=0o755)
+            (made / "door").chmod(0o755)
+        case "user":
+            (made / "node.toml").write_text(text.replace("clients = []", 'clients = ["no-one"]'))
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "state", "found", "remedy"),
+    [
+        ("settings", "node.toml", "wrong", "unknown setting policy.max_epsilom", ""),
+        ("settings' rights", "node.toml", "wrong", "others may write", "chmod 600"),
+        ("key", "node's key", "wrong", "others may read", "chmod 600"),
+        ("no key", "node's key", "wrong", "not in OpenSSH's format", ""),
+        ("ledger's key", "ledger", "wrong", "others may read", "chmod 600"),
+        ("old", "certificate", "wrong", "it was valid until", "new one"),
+        ("soon", "certificate", "note", "only", "next one"),
+        ("clock", "clock", "wrong", "the certificate is of", "set the clock"),
+        ("certificate", "certificate", "wrong", "no certificate in PEM", "ask the server"),
+        ("anchor", "ledger", "wrong", "anchor", ""),
+        ("data", "data", "wrong", "no data is prepared", "fedfuse node prepare"),
+        ("store's rights", "data", "wrong", "others may enter", "chmod 700"),
+        ("device", "device", "wrong", "'cuda:77' cannot be used", "auto"),
+        ("door", "vault", "wrong", "others may enter", "chmod 750"),
+        ("user", "vault", "wrong", "no user 'no-one'", "SuperNode"),
+    ],
+)
+def test_what_is_wrong_is_crossed_and_its_remedy_told(
+    run: Run, made: Path, tmp_path: Path, what: str, name: str, state: str, found: str, remedy: str
+) -> None:
+    spoil(made, what, tmp_path)
+    look = looks(run, "--offline")[name]
+    assert look["state"] == state, look
+    assert found in look["found"]
+    assert remedy in look["remedy"]
+
+
+def test_a_node_is_never_overwritten_and_a_failed_start_leaves_nothing(
+    run: Run, made: Path, tmp_path: Path
+) -> None:
+    words = ("--name", "b", "--superlink", "h:1")
+    again = run("node", "init", NODE, *words, "--epsilon", 4, "--server", "any")
+    assert again.code == 3
+    assert "not empty" in again.err
+    for more, said in (
+        (("--epsilon", -1, "--server", "any"), "no promise"),
+        (("--epsilon", 1, "--server", "nobody.pem"), "cannot be read"),
+        (("--epsilon", 1, "--server", "any", "--ca", "nowhere.pem"), "No such file"),
+        (("--epsilon", 1, "--server", "any", "--anchor", tmp_path / "anchor"), "anchor"),
+    ):
+        done = run("node", "init", "other", *words, *more)
+        assert done.code != 0
+        assert said in done.err
+        assert not Path("other").exists()
+
+
+def test_records_change_only_while_the_node_is_stopped(
+    run: Run, made: Path, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "manifest.csv"
+    door = Door(made / "door" / "vault.sock", clients=frozenset({os.getuid()}), most_bytes=1)
+    refused = run("node", "prepare", NODE, manifest)
+    assert refused.code == 7
+    assert "is running" in refused.err
+    assert run("node", "status", NODE).code == 0
+    door.close()
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines[:31]))  # a real node's manifest has no test records
+    done = run("node", "prepare", NODE, manifest)
+    assert (done.code, done.out) == (0, "30 records of left, right\n"), done.err
+    assert not (made / "store" / "test").exists()
+    assert sorted(path.name for path in made.iterdir() if path.name.startswith(".")) == []
+    missing = run("node", "prepare", NODE, "nowhere.csv")
+    assert missing.code == 4
+    assert looks(run, "--offline")["data"]["state"] == "ok"
+
+
+def test_the_state_of_a_node_that_does_not_run(run: Run, made: Path) -> None:
+    done = run("node", "status", NODE)
+    assert done.code == 1
+    assert done.out.splitlines() == [
+        "node   clinic a, not running",
+        "last   nothing was asked yet",
+        "spent  epsilon 0.00 of 4 spent, 4.00 left",
+    ]
+    told = {"time": "T", "server": "ab" * 32, "run": "cd" * 16, "round": 2, "rounds": 3}
+    told |= {"steps": 4, "status": "ok", "problem": "", "seconds": 0.5}
+    (made / "door").mkdir(mode=0o750)
+    (made / "door" / "status.json").write_text(
+        json.dumps(told | {"epsilon": 1.231, "epsilon_allowed": 4.0})
+    )
+    (line,) = [x for x in run("node", "status", NODE).out.splitlines() if x.startswith("last")]
+    assert line == (
+        "last   T  round 2 of 3, 4 steps, run cdcdcdcd, server abababab: ok, 0.50 s; "
+        "epsilon 1.24 of 4 spent, 2.76 left"
+    )
+
+
+def test_a_node_that_cannot_reach_a_server_is_not_started(run: Run, made: Path) -> None:
+    text = (made / "node.toml").read_text()
+    for old, new, said in (
+        ('key = "supernode.key"', "", "superlink.ca and superlink.key are needed"),
+        ('address = "127.0.0.1:1"', 'address = "somewhere"', "is no host:port"),
+        ("clients = []", 'clients = ["65534"]', "open to another user"),
+    ):
+        (made / "node.toml").write_text(text.replace(old, new))
+        began = time.monotonic()
+        done = run("node", "start", NODE)
+        assert done.code == 3
+        assert said in done.err
+        assert time.monotonic() - began < 20

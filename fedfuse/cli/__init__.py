@@ -1,6 +1,6 @@
 """The command line: `fedfuse simulate`, `fedfuse predict`, `fedfuse explain`, `fedfuse export`,
-`fedfuse plan`, `fedfuse data`, `fedfuse models`, `fedfuse node`, `fedfuse ledger`,
-`fedfuse report`, `fedfuse doctor`.
+`fedfuse plan`, `fedfuse data`, `fedfuse models`, `fedfuse node`, `fedfuse server`,
+`fedfuse ledger`, `fedfuse report`, `fedfuse doctor`.
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 unexpected, 2 to 8 the error classes
 of `fedfuse.errors`, 130 interrupted. Torch, Flower and numpy are loaded inside the commands, so
@@ -18,7 +18,18 @@ import click
 import typer
 
 from fedfuse import __version__
-from fedfuse.cli import data, doctor, ledger, models, node, plan, predict, report, simulate
+from fedfuse.cli import (
+    data,
+    doctor,
+    ledger,
+    models,
+    node,
+    plan,
+    predict,
+    report,
+    server,
+    simulate,
+)
 from fedfuse.errors import FedfuseError
 
 __all__ = ["app", "main"]
@@ -57,6 +68,7 @@ app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.command("models")(models.models)
 app.add_typer(node.app, name="node")
+app.add_typer(server.app, name="server")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(report.app, name="report")
 app.command("doctor")(doctor.doctor)

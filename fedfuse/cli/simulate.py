@@ -109,7 +109,7 @@ def simulate(
         config, run = _resumed(resume, flags, out), resume
     else:
         config = configuration(flags)
-        run = out or _fresh_folder(config.name)
+        run = out or fresh_folder(config.name, Path("runs"))
     _run(
         config,
         run,
@@ -174,10 +174,10 @@ def _resumed(run: Path, flags: Flags, out: Path | None) -> RunConfig:
     return RunFolder.open(run).config()
 
 
-def _fresh_folder(name: str) -> Path:
-    """A folder under runs/ that does not exist yet, named after the run and the time."""
+def fresh_folder(name: str, runs: Path) -> Path:
+    """A folder in `runs` that does not exist yet, named after the run and the time."""
     stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    first = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    first = runs / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, count = first, 1
     while path.exists():
         count += 1

@@ -24,6 +24,8 @@ HEAVY = ("torch", "flwr", "numpy", "matplotlib", "ray", "opacus", "rich")
         (("simulate", "--help"), "fedfuse simulate --unit none"),
         (("predict", "--help"), "fedfuse predict runs/quickstart new.csv"),
         (("data", "--help"), "check"),
+        (("server", "--help"), "register"),
+        (("server", "run", "--help"), "fedfuse server run srv"),
         (("data", "check", "--help"), "fedfuse data check clinic/manifest.csv"),
         (("data", "demo", "--help"), "fedfuse data demo demo"),
         (("doctor", "--help"), "fedfuse doctor"),

@@ -148,15 +148,23 @@ def start(
         _detach(link, log)
         return
     signal.signal(signal.SIGTERM, _interrupt)
+    from fedfuse.federation.journal import line
     from fedfuse.federation.metrics import serving
 
-    say = _Teller(log)
+    def ready() -> None:
+        server = link.server
+        if log == "json":
+            facts = {"address": server.address, "authority": str(server.authority)}
+            click.echo(line("started", **facts, public_key=server.key().public), err=True)
+        else:
+            click.echo("\n".join(_invitation(server)), err=True)
+
     try:
         with serving(link):
-            link.run(lambda: say("started", _invitation(link.server)))
+            link.run(ready)
     except KeyboardInterrupt:
         pass
-    say("stopped", ["the server is stopped"])
+    click.echo(line("stopped") if log == "json" else "the server is stopped", err=True)
 
 
 @app.command(epilog="Example: fedfuse server run srv simulations/vqa.toml --set train.rounds=5")
@@ -228,6 +236,8 @@ def status(folder: Server, as_json: AsJson = False) -> None:
 
     Exit code 0: it answers, and its certificate holds. 1: not so.
     """
+    from fedfuse.federation.knocks import strangers
+
     link = _link(folder)
     certificate = link.server.certificate()
     answers = link.answers()
@@ -238,6 +248,7 @@ def status(folder: Server, as_json: AsJson = False) -> None:
         "certificate_ends": certificate.ends.isoformat(),
         "certificate_days": round(certificate.days_left, 1),
         "nodes": link.nodes() if answers else [],
+        "turned_away": strangers(link.server.log),
         "runs": list(_runs(link.server)),
     }
     if as_json:
@@ -279,19 +290,6 @@ def metrics(folder: Server) -> None:
     from fedfuse.federation.metrics import exposition
 
     click.echo(exposition(_link(folder)), nl=False)
-
-
-class _Teller:
-    """Says what the server does: words to stderr, or lines of JSON."""
-
-    def __init__(self, log: str) -> None:
-        self._json = log == "json"
-
-    def __call__(self, event: str, lines: list[str]) -> None:
-        from fedfuse.federation.journal import line
-
-        for text in [line(event, message=" ".join(lines))] if self._json else lines:
-            click.echo(text, err=True)
 
 
 def _say_line(text: str) -> None:
@@ -391,6 +389,8 @@ def _status_lines(tree: dict[str, Any]) -> Iterator[str]:
     if tree["answers"]:
         for index, text in enumerate(_node_lines(tree["nodes"])):
             yield f"{'nodes' if not index else '':<11}  {text}"
+    for key, count in tree["turned_away"].items():
+        yield f"turned away  {count} times, a key that is not registered: {key}"
     for index, run in enumerate(tree["runs"]):
         text = f"{run['run']}  {run['status']}, {run['rounds_done']} of {run['rounds']} rounds"
         yield f"{'runs' if not index else '':<11}  {text}"

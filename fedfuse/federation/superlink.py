@@ -66,7 +66,7 @@ class SuperLink:
         server.runs.mkdir(mode=0o700, exist_ok=True)
         server.log.touch(mode=0o600)
         tls = server.settings.tls
-        words = [
+        words: list[str | Path] = [
             program("flower-superlink"),
             *("--host", link.bind, "--port", str(link.port), "--database", server.database),
             *("--ssl-certfile", server.path(tls.certificate)),

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import tomli_w
 
+from fedfuse.federation.newnode import Equipment, equip, node_file, prepared_store
 from fedfuse.federation.processes import Process, environment, free_port, program
-from fedfuse.federation.serverfile import ServerFile
+from fedfuse.federation.serverdata import prepare_store
+from fedfuse.federation.serverfile import equip_server
 from fedfuse.federation.superlink import SuperLink
 from tests.federation.conftest import write_manifest
 
@@ -44,24 +46,31 @@ class Federation:
         self.scenario = folder / "small.toml"
         self.scenario.write_text(tomli_w.dumps(SCENARIO))
         self.port = free_port()
-        made = fedfuse("server", "init", self.srv, "--host", "localhost", "--port", self.port)
-        self.public = made.stdout.strip()
+        server = equip_server(self.srv, hosts=["localhost"], port=self.port, bind="127.0.0.1")
+        self.link, self.public = SuperLink(server), server.key().public
         head, *rows = write_manifest(folder).read_text().splitlines(keepends=True)
         public = folder / "public.csv"
         public.write_text("".join([head, *(row for row in rows if ",test," in row)]))
-        fedfuse("server", "prepare", self.srv, public)
-        self.link = SuperLink(ServerFile.read(self.srv))
+        prepare_store(server, public, None)
         self.nodes = [self._node(letter, head, rows) for letter in "abc"]
 
     def _node(self, letter: str, head: str, rows: list[str]) -> Path:
         node, own = self.folder / f"site-{letter}", self.folder / f"{letter}.csv"
         own.write_text("".join([head, *(row for row in rows if f"train,{node.name}," in row)]))
-        fedfuse(
-            "node", "init", node, "--name", node.name, "--epsilon", 8, "--delta", 1e-5,
-            "--server", self.srv / "server.pub", "--superlink", f"localhost:{self.port}",
-            "--ca", self.link.server.authority, "--anchor", self.folder / f"anchor-{letter}",
-        )  # fmt: skip
-        fedfuse("node", "prepare", node, own)
+        equip(
+            node,
+            Equipment(
+                name=node.name,
+                unit="record",
+                max_epsilon=8.0,
+                delta=1e-5,
+                servers=(str(self.srv / "server.pub"),),
+                address=f"localhost:{self.port}",
+                ca=self.link.server.authority,
+                anchor=self.folder / f"anchor-{letter}",
+            ),
+        )
+        prepared_store(node_file(node), own, None)
         return node
 
     def start_node(self, node: Path) -> Process:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sqlite3
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedfuse.config import RunConfig
 from fedfuse.errors import ConfigError, FederationError, FedfuseError
 from fedfuse.federation.bundle import APPS, write_bundle
+from fedfuse.federation.knocks import fingerprint, strangers
 from fedfuse.federation.processes import free_port
 from fedfuse.federation.serverfile import ServerFile, equip_server, renew
 from fedfuse.federation.superlink import SuperLink
@@ -121,3 +126,25 @@ def test_the_bundle_is_that_of_the_source_and_holds_no_fedfuse(tmp_path: Path) -
 
     assert get_fused_config_from_dir(tmp_path, {}) == RunConfig().to_flat()
     assert {path.name for path in tmp_path.iterdir()} == {"server", "clients", "pyproject.toml"}
+
+
+def test_whoever_was_turned_away_is_known_by_the_key(tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    pem = key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    line = f"[/v1/fleet/activate-node][ApiError:2004] Attempted with public key: {pem!r}, exception"
+    log = tmp_path / "log"
+    log.write_text(
+        f"{line}\nsomething else\n{line}\n[ApiError:2004] b'-----BEGIN PUBLIC KEY-----K'"
+    )
+    public = tmp_path / "supernode.pub"
+    public.write_bytes(
+        key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    )
+    assert strangers(log) == {fingerprint(pem): 2}
+    assert strangers(tmp_path / "nothing") == {}
+    keygen = shutil.which("ssh-keygen")
+    if keygen is not None:
+        shown = subprocess.run([keygen, "-lf", public], capture_output=True, text=True, check=True)
+        assert shown.stdout.split()[1] == fingerprint(pem)

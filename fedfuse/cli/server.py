@@ -390,7 +390,7 @@ def _status_lines(tree: dict[str, Any]) -> Iterator[str]:
         for index, text in enumerate(_node_lines(tree["nodes"])):
             yield f"{'nodes' if not index else '':<11}  {text}"
     for key, count in tree["turned_away"].items():
-        yield f"turned away  {count} times, a key that is not registered: {key}"
+        yield f"turned away  a key that is not registered, {count} x: {key}"
     for index, run in enumerate(tree["runs"]):
         text = f"{run['run']}  {run['status']}, {run['rounds_done']} of {run['rounds']} rounds"
         yield f"{'runs' if not index else '':<11}  {text}"

@@ -112,9 +112,9 @@ def _outcome(link: SuperLink, run: Path, last: Mapping[str, Any]) -> Mapping[str
     if last["status"] != "finished":
         resume = f"; go on with: fedfuse server run {link.server.folder} --resume {run.name}"
         error = FedfuseError(
-            str(last.get("problem", "it was stopped")),
+            str(last.get("problem", "the run was stopped")),
             where=str(last.get("where") or run),
-            hint=f"{last.get('hint') or 'see superlink.log'}{resume}",
+            hint=f"{last.get('hint') or f'see {link.server.log}'}{resume}",
         )
         error.exit_code = int(last.get("code") or 130)
         raise error

@@ -80,8 +80,10 @@ def serve(grid: Grid, config: RunConfig, *, flower_run: int = 0) -> None:
         try:
             _serve(grid, config, path, Path(store), journal)
         except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            journal.ended("interrupted" if interrupted else "failed", error)
+            if isinstance(error, Exception):
+                journal.ended("failed", error)
+            else:
+                journal.ended("interrupted")
             raise
         journal.ended("finished")
 
@@ -118,9 +120,11 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
     try:
         if session.first <= session.last:
             session.conduct(grid)
-    except BaseException as error:
-        status = "failed" if isinstance(error, Exception) else "interrupted"
-        problem = str(error)
+    except Exception as error:
+        status, problem = "failed", str(error)
+        raise
+    except BaseException:  # Flower ends a run that is stopped by SystemExit
+        status = "interrupted"
         raise
     finally:
         session.abandon()

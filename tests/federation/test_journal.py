@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedfuse.errors import FederationError, RunFolderError
+from fedfuse.errors import FederationError, FedfuseError, RunFolderError
 from fedfuse.federation import deploy, tickets
 from fedfuse.federation.journal import JOURNAL, Journal, replay
 from fedfuse.federation.metrics import exposition, serving
@@ -87,10 +87,19 @@ def test_the_error_that_ended_a_run_ends_its_follower(link: SuperLink) -> None:
     run = link.server.runs / "r"
     lines = Follower(run / JOURNAL)
     Journal(run).ended("failed", FederationError("few nodes", where="round 3", hint="more"))
-    with pytest.raises(Exception, match="few nodes") as caught:
+    with pytest.raises(FedfuseError, match="few nodes") as caught:
         deploy.follow(link, deploy.Started(run, 7, lines), Watch())
-    assert getattr(caught.value, "exit_code") == 7  # noqa: B009
+    assert caught.value.exit_code == 7
     assert "--resume r" in str(caught.value)
+
+
+def test_a_run_that_was_stopped_ends_its_follower_as_ctrl_c_does(link: SuperLink) -> None:
+    run = link.server.runs / "r"
+    lines = Follower(run / JOURNAL)
+    Journal(run).ended("interrupted")
+    with pytest.raises(FedfuseError, match="the run was stopped") as caught:
+        deploy.follow(link, deploy.Started(run, 7, lines), Watch())
+    assert caught.value.exit_code == 130
 
 
 def test_a_server_app_that_ends_without_a_word_is_noticed(link: SuperLink) -> None:

@@ -20,7 +20,8 @@ class Kind(StrEnum):
     """(C, H, W) float32 in [0, 1]."""
     AUDIO = "audio"
     """(n_mels, frames) float32 log-mel spectrogram, or its cepstrum: each record to mean 0 and
-    deviation 1 by its own frames, 0 after its end."""
+    deviation 1 by its own frames, 0 after its end. For pretrained encoders (samples,) float32, the
+    waveform."""
     VIDEO = "video"
     """(T, C, H, W) float32 in [0, 1]: T frames, evenly over the record."""
     TEXT = "text"

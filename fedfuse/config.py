@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import tomli_w
 
-from fedfuse.data.spec import AUDIO_FEATURES, PARTITIONS, DataConfig
+from fedfuse.data.spec import AUDIO_FEATURES, DEMOS, PARTITIONS, DataConfig
 from fedfuse.errors import ConfigError
 from fedfuse.models.spec import (
     ABSENT,
@@ -22,6 +22,8 @@ from fedfuse.models.spec import (
     ENCODERS,
     FUSIONS,
     LOSSES,
+    PRETRAINED_KINDS,
+    TUNINGS,
     ModelConfig,
 )
 from fedfuse.privacy.spec import CLIPPINGS, PrivacyConfig, Unit
@@ -286,13 +288,16 @@ def _check(config: RunConfig) -> None:
     data, model, train = config.data, config.model, config.train
     privacy, federation = config.privacy, config.federation
     for key, text, allowed in (
+        ("data.demo", data.demo, DEMOS),
         ("data.partition", data.partition, PARTITIONS),
         ("data.audio_features", data.audio_features, AUDIO_FEATURES),
         ("model.fusion", model.fusion, FUSIONS),
         *(
             (f"model.encoder.{kind}", getattr(model.encoder, kind), names)
             for kind, names in ENCODERS.items()
+            if not model.encoder.pretrained(kind)
         ),
+        ("model.encoder.tuning", model.encoder.tuning, TUNINGS),
         ("model.absent", model.absent, ABSENT),
         ("model.loss", model.loss, LOSSES),
         ("model.class_weights", model.class_weights, CLASS_WEIGHTS),
@@ -338,6 +343,8 @@ def _check(config: RunConfig) -> None:
         ),
         ("model.focal_gamma", model.focal_gamma, 0, 16),
         ("model.head_width", model.head_width, 0, 65536),
+        ("model.encoder.lora_rank", model.encoder.lora_rank, 1, 1024),
+        ("model.encoder.lora_alpha", model.encoder.lora_alpha, 1e-6, 1e6),
         ("model.image_width", model.image_width, 1, 4096),
         ("model.image_depth", model.image_depth, 1, 8),
         ("model.image_terms", model.image_terms, 0, 512),
@@ -400,6 +407,7 @@ def _check(config: RunConfig) -> None:
     ):
         if width % heads:
             raise ConfigError(f"{key} = {width}, but it must be a multiple of its {heads} heads")
+    _check_pretrained(config)
     if (model.fusion == "graph") != bool(model.knowledge):
         raise ConfigError(
             f"model.fusion = {model.fusion!r}, but model.knowledge = {model.knowledge!r}",
@@ -441,6 +449,29 @@ def _check(config: RunConfig) -> None:
         )
     if privacy.unit == Unit.NODE:
         _check_node_unit(config)
+
+
+def _check_pretrained(config: RunConfig) -> None:
+    encoder = config.model.encoder
+    pretrained = [kind for kind in PRETRAINED_KINDS if encoder.pretrained(kind)]
+    for kind in pretrained:
+        digest = getattr(encoder, f"{kind}_sha256")
+        if digest and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+            raise ConfigError(
+                f"model.encoder.{kind}_sha256 = {digest!r}, but it must be a SHA-256",
+                hint="`fedfuse check` tells that of the weights",
+            )
+    if pretrained and config.model.fusion == "early":
+        raise ConfigError(
+            f'model.encoder.{pretrained[0]} is pretrained, but model.fusion = "early" has no '
+            "encoders",
+            hint="take another fusion",
+        )
+    if config.data.audio_features == "wave" and "audio" not in pretrained:
+        raise ConfigError(
+            'data.audio_features = "wave", which only pretrained audio encoders take',
+            hint='set model.encoder.audio = "hf:...", or data.audio_features = "mel"',
+        )
 
 
 def _check_node_unit(config: RunConfig) -> None:

@@ -98,6 +98,9 @@ def of_numbers(outputs: Outputs, truth: Truth, target: Target) -> Figures:
     both rounded and cut to it.
     """
     guess = outputs.reshape(-1).astype(np.float64)
+    if target.span:
+        low, high = ((edge - target.centre) / target.scale for edge in target.span)
+        guess = np.clip(guess, low, high)
     y = np.asarray(truth, dtype=np.float64)
     spread = guess.std() * y.std()
     centred = float(((guess - guess.mean()) * (y - y.mean())).mean())

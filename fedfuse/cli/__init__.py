@@ -21,6 +21,8 @@ from fedfuse import __version__
 from fedfuse.cli import (
     data,
     doctor,
+    explain,
+    export,
     ledger,
     models,
     node,
@@ -64,6 +66,8 @@ def _options(
 
 app.command("simulate")(simulate.simulate)
 app.command("predict")(predict.predict)
+app.command("explain")(explain.explain)
+app.command("export")(export.export)
 app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.command("models")(models.models)

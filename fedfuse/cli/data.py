@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from fedfuse.data.spec import PARTITIONS, DataConfig
+from fedfuse.data.spec import DEMOS, PARTITIONS, DataConfig
 from fedfuse.errors import DataError
 
 if TYPE_CHECKING:
@@ -70,14 +70,19 @@ def check(
 @app.command(epilog="Example: fedfuse data demo demo && fedfuse simulate --data demo/manifest.csv")
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where to write it.", metavar="DIR")],
-    records: Annotated[int, typer.Option(min=1, help="How many records.")] = 2400,
-    clients: Annotated[int, typer.Option(min=1, help="How many nodes they belong to.")] = 6,
+    scenario: Annotated[
+        str, typer.Option(help="Which one.", click_type=click.Choice(DEMOS))
+    ] = "inspection",
+    records: Annotated[int, typer.Option(min=0, help="How many records; 0: its own size.")] = 0,
+    clients: Annotated[
+        int, typer.Option(min=0, help="How many nodes they belong to; 0: its own number.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the generator.")] = 0,
 ) -> None:
-    """Write the demo data set: made-up images, sounds and texts, no download."""
-    from fedfuse.data.demo import make_demo
+    """Write a demo data set: made-up records with their files, no download."""
+    from fedfuse.data.scenes import make
 
-    click.echo(make_demo(directory, records=records, clients=clients, seed=seed))
+    click.echo(make(scenario, directory, records=records, clients=clients, seed=seed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,7 +142,7 @@ def _devices() -> Finding:
 def _audio() -> Finding:
     """Whether spectrograms work: a torchaudio is bound to one build of torch."""
     try:
-        from fedfuse.data.torchaudio_compat import load_torchaudio
+        from fedfuse.torchaudio_compat import load_torchaudio
 
         torch, torchaudio = import_module("torch"), load_torchaudio()
         mel = torchaudio.transforms.MelSpectrogram(sample_rate=8000, n_fft=256, n_mels=20)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -103,13 +104,20 @@ def _line(each: Listed) -> str:
 
 def _schema(config: RunConfig, data: Path | None) -> Schema:
     from fedfuse.batch import Kind, Modality, Schema, Target, TargetKind
+    from fedfuse.data.layout import plan
+    from fedfuse.data.manifest import read_manifest
 
-    if data is not None or config.data.manifest:
-        from fedfuse.data.layout import plan
-        from fedfuse.data.manifest import read_manifest
-
-        layout = plan(read_manifest(data or Path(config.data.manifest)), config.data)
+    manifest = data or (Path(config.data.manifest) if config.data.manifest else None)
+    if manifest is not None:
+        layout = plan(read_manifest(manifest), config.data)
         return layout.schema(layout.target)
+    if config.data.demo != "inspection":
+        from fedfuse.data.scenes import make
+
+        with tempfile.TemporaryDirectory() as folder:
+            made = make(config.data.demo, Path(folder), records=20)
+            layout = plan(read_manifest(made), config.data)
+            return layout.schema(layout.target)
     from fedfuse.data.audio import HOP_S
     from fedfuse.data.demo import CLASSES, RATE, SAMPLES, SIZE
 
@@ -173,7 +181,7 @@ def _encoders(config: RunConfig, modalities: Sequence[Modality]) -> Iterator[Lis
     for modality in modalities:
         kind = modality.kind.value
         for name in ENCODERS.get(kind, (kind,)):
-            choice = {kind: name} if kind in ENCODERS else {}
+            choice: dict[str, Any] = {kind: name} if kind in ENCODERS else {}
             model = replace(config.model, encoder=replace(config.model.encoder, **choice))
             encoder = build_encoder(modality, model, config.data.vocabulary)
             cost = asdict(cost_of_encoder(encoder, modality))

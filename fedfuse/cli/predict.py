@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
 
+if TYPE_CHECKING:
+    from fedfuse.use.trained import Predictor
+
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, or a model that export wrote.", metavar="RUN")
+    ],
     manifest: Annotated[
         Path, typer.Argument(help="CSV, JSON Lines or Parquet.", metavar="MANIFEST")
     ],
@@ -40,15 +45,14 @@ def predict(
     \b
     Examples:
       fedfuse predict runs/quickstart new.csv --out predictions.csv
-      fedfuse predict runs/quickstart new.csv --coverage 0.95 --json
+      fedfuse predict model.onnx new.csv --coverage 0.95 --json
     """
     from fedfuse.use.predict import as_text, check_format, write
     from fedfuse.use.predict import predict as predict_all
-    from fedfuse.use.trained import open_trained
 
     if out is not None:
         check_format(out)
-    model = open_trained(run)
+    model = _open(run)
     found = predict_all(model, manifest, coverage=coverage, skip_bad=skip_bad)
     if out is not None:
         write(found, out)
@@ -73,3 +77,13 @@ def predict(
     click.echo(f"training: {found.statement}", err=True)
     if out is not None:
         click.echo(f"written: {out}  {len(found.records)} predictions", err=True)
+
+
+def _open(path: Path) -> Predictor:
+    if path.is_file():
+        from fedfuse.use.onnxfile import open_onnx
+
+        return open_onnx(path)
+    from fedfuse.use.trained import open_trained
+
+    return open_trained(path)

@@ -87,6 +87,7 @@ def simulate(
     \b
     Examples:
       fedfuse simulate                                   demo data, epsilon 8
+      fedfuse simulate simulations/medical.toml          makes its data, too
       fedfuse simulate simulations/digits.toml --data digits/manifest.csv
       fedfuse simulate --data m.csv --epsilon 3 --rounds 40 --set model.fusion=attention
       fedfuse simulate --unit none                       NOT PRIVATE, to compare with
@@ -199,9 +200,9 @@ def _with_data(config: RunConfig, demo_dir: Path | None) -> RunConfig:
         return config
     manifest = demo_dir / "manifest.csv"
     if not manifest.is_file():
-        from fedfuse.data.demo import make_demo
+        from fedfuse.data.scenes import make
 
-        manifest = make_demo(demo_dir, seed=config.seed)
+        manifest = make(config.data.demo, demo_dir, seed=config.seed)
     return config.with_values({"data.manifest": str(manifest.absolute())})
 
 

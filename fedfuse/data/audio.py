@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedfuse.data.media import read_bytes
-from fedfuse.data.torchaudio_compat import load_torchaudio
+from fedfuse.data.decoder import AT_ONCE, Decoder, Read
+from fedfuse.data.media import media_path, read_bytes
 from fedfuse.errors import DataError
+from fedfuse.torchaudio_compat import load_torchaudio
 
-__all__ = ["SUFFIXES", "AudioSpec", "audio_facts", "log_mel", "read_waveform"]
+if TYPE_CHECKING:
+    from fedfuse.data.columns import Source
+    from fedfuse.data.declaration import DeclaredModality
+    from fedfuse.data.probe import Probe
+    from fedfuse.data.spec import DataConfig
 
-SUFFIXES = frozenset({".wav", ".wave", ".flac", ".ogg", ".mp3", ".aiff", ".aif"})
+__all__ = ["AudioSpec", "audio_facts", "log_mel", "padded_waves", "read_waveform"]
+
 WINDOW_S = 0.032
 HOP_S = 0.016
+_USUAL_S = 10.0
+"""Seconds, at most, where neither a setting nor a declaration says more."""
+_SAMPLES = 1 << 23
+"""Read at once at most, so that memory stays bounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AudioSpec:
+class AudioSpec(Decoder):
     """`rate` in samples a second, length `seconds`, `bands` mel bands, `frames` spectra; of each
     spectrum so many cepstral `coefficients` (MFCC), 0: the bands themselves."""
 
@@ -36,11 +47,58 @@ class AudioSpec:
     bands: int
     frames: int
     coefficients: int = 0
+    features: str = "mel"
+    """As data.audio_features."""
+
+    suffixes: ClassVar = frozenset({".wav", ".wave", ".flac", ".ogg", ".mp3", ".aiff", ".aif"})
+
+    @classmethod
+    def plan(cls, source: Source, config: DataConfig, probe: Probe) -> Self:
+        """The usual rate and the longest sound, at most ten seconds."""
+        said = source.declared
+        rate = config.sample_rate or said.sample_rate
+        seconds = config.audio_seconds or said.seconds
+        if not rate or not seconds:
+            what = "sample rate and length" if not rate and not seconds else (
+                "length" if rate else "sample rate"
+            )  # fmt: skip
+            facts, held = probe.look_at_files(source, audio_facts, what)
+            facts = facts or [(8000, 1.0)]  # nothing readable: each record becomes a problem
+            rate = rate or Counter(fact[0] for fact in facts).most_common(1)[0][0]
+            if not seconds:
+                seconds = min(max(fact[1] for fact in facts), _USUAL_S) if held else 1.0
+        return cls(
+            rate=rate,
+            seconds=seconds,
+            bands=config.mel_bands,
+            frames=config.mel_frames or max(1, math.ceil(round(seconds / HOP_S, 6))),
+            coefficients=config.mfcc if config.audio_features == "mfcc" else 0,
+            features=config.audio_features,
+        )
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(bands or coefficients, frames)."""
+    def shape(self) -> tuple[int, ...]:
+        """(bands, frames), (coefficients, frames), or (samples,)."""
+        if self.features == "wave":
+            return (self.samples,)
         return self.coefficients or self.bands, self.frames
+
+    @property
+    def at_once(self) -> int:
+        """Few, where sounds are long."""
+        return max(1, min(AT_ONCE, _SAMPLES // self.samples))
+
+    def read(self, root: Path, cells: tuple[str, ...], said: DeclaredModality) -> Read:
+        """The waveform. Raises DataError."""
+        wave, rate = read_waveform(media_path(root, cells[0]), self)
+        differs = said.sample_rate and rate != said.sample_rate
+        what = f"{rate} samples a second, but {said.sample_rate} are declared: it is resampled"
+        return Read(wave, what if differs else "")
+
+    def stack(self, values: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+        """Waveforms become spectra together."""
+        waves = [np.asarray(wave, dtype=np.float32) for wave in values]
+        return padded_waves(waves, self) if self.features == "wave" else log_mel(waves, self)
 
     @property
     def samples(self) -> int:
@@ -68,6 +126,14 @@ def read_waveform(path: Path, spec: AudioSpec) -> tuple[NDArray[np.float32], int
     return mono[: spec.samples], rate
 
 
+def padded_waves(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np.float32]:
+    """B waveforms of up to spec.samples to (B, samples), 0 after each one's end."""
+    padded = np.zeros((len(waves), spec.samples), dtype=np.float32)
+    for row, wave in enumerate(waves):
+        padded[row, : len(wave)] = wave
+    return padded
+
+
 def log_mel(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np.float32]:
     """B waveforms of up to spec.samples to (B, *spec.shape): the log10 mel power spectrum.
 
@@ -80,10 +146,9 @@ def log_mel(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np
     """
     if not len(waves):
         return np.zeros((0, *spec.shape), dtype=np.float32)
-    padded = np.zeros((len(waves), spec.samples), dtype=np.float32)
+    padded = padded_waves(waves, spec)
     heard = np.zeros((len(waves), 1, spec.frames), dtype=np.float32)
     for row, wave in enumerate(waves):
-        padded[row, : len(wave)] = wave
         heard[row, 0, : max(1, math.ceil(len(wave) / spec.hop))] = 1
     with torch.no_grad():
         power = _mel(spec)(torch.from_numpy(padded))[..., : spec.frames]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from fedfuse.batch import Kind
-from fedfuse.data import audio, image, video
 from fedfuse.data.declaration import DeclaredModality
 from fedfuse.data.inline import BLANKS, number, numbers
+from fedfuse.data.kinds import KINDS, kind_of_suffixes
 from fedfuse.data.manifest import RESERVED, Manifest
 from fedfuse.data.media import looks_like_path, media_path, read_array
-from fedfuse.data.table import TableColumn
+from fedfuse.data.table import TableColumn, scale_of
 from fedfuse.errors import DataError
 
 __all__ = ["TABLE", "Source", "find_sources", "undeclared"]
@@ -22,12 +22,6 @@ __all__ = ["TABLE", "Source", "find_sources", "undeclared"]
 TABLE = "table"
 """The modality that all scalar columns become together."""
 
-_SUFFIXES = {
-    Kind.IMAGE: image.SUFFIXES,
-    Kind.AUDIO: audio.SUFFIXES,
-    Kind.VIDEO: video.SUFFIXES,
-}
-"""Of the kinds that are files of their own, what the files are called."""
 _MOST_CATEGORIES = 32
 _PROSE = {"text", "note", "notes", "report", "question", "sentence", "caption", "comment"}
 
@@ -89,7 +83,8 @@ def find_sources(
             notes.append(f"{name}: blank in every record, so not used")
             continue
         modality = declared.get(name) or DeclaredModality(name=name)
-        kind, column = _kind(manifest, name, modality, cells, notes)
+        told = _told(name, modality, table)
+        kind, column = _kind(manifest, name, modality, told, cells, notes)
         if column is None:
             sources.append(Source(name=name, kind=kind, columns=(name,), declared=modality))
         else:
@@ -113,27 +108,48 @@ def _virtual_table(manifest: Manifest) -> DeclaredModality | None:
     return None
 
 
+def _told(name: str, said: DeclaredModality, table: DeclaredModality) -> TableColumn:
+    """What is declared of a column of the table: by itself, or within the table."""
+    for column in (*said.inner, *table.inner):
+        if column.name == name:
+            return column
+    for whole in (said, table):
+        if len(whole.mean) == 1:
+            return TableColumn(name=name, mean=whole.mean[0], std=whole.std[0])
+    return TableColumn(name=name)
+
+
 def _kind(
-    manifest: Manifest, name: str, said: DeclaredModality, cells: list[str], notes: list[str]
+    manifest: Manifest,
+    name: str,
+    said: DeclaredModality,
+    told: TableColumn,
+    cells: list[str],
+    notes: list[str],
 ) -> tuple[Kind, TableColumn | None]:
-    """The column's kind; and, where it holds one scalar a record, the column of the table."""
+    """The column's kind; and, where it holds one scalar a record, the column of the table, of
+    which the declaration has `told`."""
     kind = said.kind
+    if told.categories:
+        return Kind.TABLE, told
     suffixes = [PurePosixPath(cell).suffix.lower() for cell in cells if looks_like_path(cell)]
     arrays = suffixes.count(".npy") * 2 > len(cells)
-    if kind in _SUFFIXES:
+    media = kind is not None and bool(KINDS[kind].suffixes)
+    if arrays and media:
+        notes.append(f"{name}: declared as {kind}, but its cells are arrays, so features of it")
+        kind, media = None, False
+    if kind is not None and (arrays or (media and kind is not Kind.TEXT)):
         return kind, None
-    if kind is not None and kind is not Kind.TEXT and arrays:
-        return kind, None
-    if kind is None and (arrays or _media(suffixes, len(cells))):
-        kind = _array_kind(manifest, name, cells) if arrays else _media(suffixes, len(cells))
-        assert kind is not None
+    found = kind_of_suffixes(suffixes, len(cells))
+    if kind is None and (arrays or found):
+        kind = found or _array_kind(manifest, name, cells)
         notes.append(f"{name}: kind {kind}, inferred from {_usual(suffixes)} cells")
         return kind, None
     scalar = sum(number(cell) is not None for cell in cells) >= 0.9 * len(cells)
     if scalar:
         if said.kind is not Kind.TABLE:
             notes.append(f"{name}: a column of the table, inferred from numeric cells")
-        return Kind.TABLE, TableColumn(name=name)
+        return Kind.TABLE, told
     if kind is Kind.TEXT:
         return Kind.TEXT, None
     if sum(numbers(cell) is not None for cell in cells) >= 0.9 * len(cells):
@@ -159,13 +175,6 @@ def _kind(
         return Kind.TABLE, TableColumn(name=name, categories=tuple(categories))
     notes.append(f"{name}: kind text, inferred from its cells")
     return Kind.TEXT, None
-
-
-def _media(suffixes: list[str], count: int) -> Kind | None:
-    for kind, known in _SUFFIXES.items():
-        if sum(suffix in known for suffix in suffixes) * 2 > count:
-            return kind
-    return Kind.TEXT if suffixes.count(".txt") * 2 > count else None
 
 
 def _array_kind(manifest: Manifest, name: str, cells: list[str]) -> Kind:
@@ -212,6 +221,8 @@ def _table(
     name = said.name if said.name not in taken else f"{TABLE}_columns"
     columns = tuple(column.name for column in scalars)
     notes.append(f"{name}: one modality of kind table, made of {', '.join(columns)}")
+    mean, std = scale_of(scalars)
+    said = replace(said, mean=mean, std=std) if mean else said
     return Source(name=name, kind=Kind.TABLE, columns=columns, declared=said, table=tuple(scalars))
 
 
@@ -232,10 +243,12 @@ def _choose(sources: list[Source], wanted: Sequence[str], where: str) -> tuple[S
             chosen.append(source)
         elif table:
             columns = tuple(column.name for column in table)
+            mean, std = scale_of(table)
+            declared = replace(source.declared, mean=mean, std=std) if mean else source.declared
             chosen.append(
                 Source(
                     name=source.name, kind=source.kind, columns=columns,
-                    declared=source.declared, table=table,
+                    declared=declared, table=table,
                 )
             )  # fmt: skip
     return tuple(chosen)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedfuse.batch import Batch, Kind, Modality, Schema
+from fedfuse.batch import Batch, Modality, Schema
 from fedfuse.errors import DataError
 
 __all__ = ["Column", "Dataset", "Rows"]
@@ -64,6 +64,11 @@ class Dataset:
         return len(self._rows)
 
     @property
+    def folder(self) -> Path | None:
+        """Where the records lie, if they are memory-mapped."""
+        return self._folder
+
+    @property
     def ids(self) -> NDArray[np.str_]:
         """(N,) the records' ids."""
         return self._ids[self._rows]
@@ -111,6 +116,26 @@ class Dataset:
             rows=self._rows[np.asarray(rows, dtype=np.int64)],
             absent=self.absent | frozenset(absent),
             folder=self._folder,
+        )  # fmt: skip
+
+    def different(self, name: str) -> int:
+        """How many different contents of the modality `name` are stored, for any row."""
+        return len(self._columns[name].values)
+
+    def contents(self, name: str, places: slice) -> Tensor:
+        """Stored contents of a modality, as batches have them: (n, *shape)."""
+        return _tensor(self._columns[name].values[places])
+
+    def with_features(self, features: Mapping[str, NDArray[np.float32]]) -> Dataset:
+        """The same records, with features (U, ...) in place of a modality's `different` contents;
+        rows of absent ones are zero as before."""
+        columns = {
+            name: Column(features.get(name, column.values), column.index)
+            for name, column in self._columns.items()
+        }
+        return Dataset(
+            self.schema, columns, self._target, self._ids, self._clients, self._subjects,
+            rows=self._rows, absent=self.absent,
         )  # fmt: skip
 
     def batch(self, rows: Rows) -> Batch:
@@ -172,13 +197,19 @@ class Dataset:
         seen = index >= 0
         if modality.name in self.absent:
             seen[:] = False
-        kind = np.int64 if modality.kind is Kind.TEXT else np.float32
-        values = np.zeros((len(own), *modality.shape), dtype=kind)
+        values = np.zeros((len(own), *column.values.shape[1:]), dtype=column.values.dtype)
         if seen.any():
             values[seen] = column.values[index[seen]]
-        if modality.kind in (Kind.IMAGE, Kind.VIDEO):
-            values /= 255  # stored as bytes
-        return torch.from_numpy(values), torch.from_numpy(seen)
+        return _tensor(values), torch.from_numpy(seen)
+
+
+def _tensor(values: NDArray[np.generic]) -> Tensor:
+    """Stored values as the model takes them."""
+    if values.dtype.kind == "i":
+        return torch.from_numpy(values.astype(np.int64))
+    if values.dtype == np.uint8:
+        return torch.from_numpy(values.astype(np.float32)).div_(255)  # stored as bytes
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def _reopen(folder: Path, rows: Rows, absent: frozenset[str]) -> Dataset:

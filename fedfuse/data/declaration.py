@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.batch import Kind, TargetKind
+from fedfuse.data.kinds import KINDS
+from fedfuse.data.table import TableColumn
 from fedfuse.errors import DataError
 
 __all__ = ["Declaration", "DeclaredModality", "find_declaration", "read_declaration"]
@@ -58,6 +60,8 @@ class DeclaredModality:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     columns: tuple[str, ...] = ()
+    inner: tuple[TableColumn, ...] = ()
+    """Of a table: what is said of single columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,9 +248,14 @@ def _modality(name: str, said: Any, path: Path) -> DeclaredModality:
     size = said.get("image_size", said.get("size", told.image_size))
     mean, std = _mean_std(said, path, name)
     columns = said.get("columns", ())
+    facts = columns if isinstance(columns, Mapping) else {}
+    if "categories" in said:
+        facts = {**facts, name: {"categories": said["categories"]}}
     try:
         shape = tuple(int(n) for n in shape)
         kind = told.kind
+        if kind is None and facts:
+            kind = Kind.TABLE
         if kind is None and len(shape) in (1, 2) and "sample_rate" not in said:
             kind = Kind.VECTOR if len(shape) == 1 else Kind.SERIES
         return DeclaredModality(
@@ -260,6 +269,7 @@ def _modality(name: str, said: Any, path: Path) -> DeclaredModality:
             mean=mean,
             std=std,
             columns=tuple(str(column) for column in columns),
+            inner=tuple(_column(str(column), about, path) for column, about in facts.items()),
         )
     except (TypeError, ValueError):
         raise DataError(
@@ -269,9 +279,29 @@ def _modality(name: str, said: Any, path: Path) -> DeclaredModality:
         ) from None
 
 
-_IMAGE_FILE = re.compile(r"\b(png|jpe?g|bmp|gif|tiff?|webp)\b")
-_AUDIO_FILE = re.compile(r"\b(wav|wave|flac|ogg|mp3|aiff?)\b")
-_VIDEO_FILE = re.compile(r"\b(mp4|m4v|mov|avi|mkv|webm|mpe?g|wmv|flv|ogv|3gp)\b")
+def _column(name: str, said: Any, path: Path) -> TableColumn:
+    """A column of a table: `{range = [0, 120]}`, `{mean = 60, std = 20}` or `{categories = [...]}`.
+
+    Raises DataError, also where it says nothing that can be used.
+    """
+    facts = said if isinstance(said, Mapping) else {}
+    categories = facts.get("categories", ())
+    mean, std = _mean_std(facts, path, name)
+    named = isinstance(categories, list | tuple)
+    if not named or len(set(map(str, categories))) != len(categories) or len(mean) > 1:
+        raise DataError(
+            f"column {name} cannot be understood",
+            where=str(path),
+            hint='for example {range = [0, 120]} or {categories = ["a", "b"]}',
+        )
+    return TableColumn(
+        name=name,
+        categories=tuple(map(str, categories)),
+        mean=mean[0] if mean else 0.0,
+        std=std[0] if std else 0.0,
+    )
+
+
 _TABLE = re.compile(r"\b(table|tabular|categor\w*)\b")
 _DIMS = re.compile(r"\b([12])\s*-?\s*d\b")
 _SHAPE = re.compile(r"[(\[]\s*(\d+(?:\s*[,x×]\s*\d+)*)\s*,?\s*[)\]]")
@@ -317,12 +347,10 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _kind(name: str, text: str, shape: tuple[int, ...]) -> Kind | None:
     """The kind that `text` tells. File types first: an .npy of audio features is a vector."""
-    if _IMAGE_FILE.search(text):
-        return Kind.IMAGE
-    if _AUDIO_FILE.search(text):
-        return Kind.AUDIO
-    if _VIDEO_FILE.search(text):
-        return Kind.VIDEO
+    suffixes = {f".{word}" for word in re.findall(r"\w+", text)} - {".txt"}
+    for kind, decoder in KINDS.items():
+        if suffixes & decoder.suffixes:
+            return kind
     if _TABLE.search(text) or name in ("table", "tabular"):
         return Kind.TABLE
     if "npy" in text or "numpy" in text:
@@ -341,6 +369,9 @@ def _kind(name: str, text: str, shape: tuple[int, ...]) -> Kind | None:
             return kind
     if re.search(r"\b(numbers?|numeric\w*|floats?\d*|ints?\d*|integers?|scalars?)\b", text):
         return None  # the cells tell: one number each is a table, many a vector
+    for kind in Kind:
+        if re.search(rf"\b{kind}\b", text):
+            return kind
     if re.search(r"\b(text|inline|strings?|sentences?|notes?|words?|questions?)\b", text):
         return Kind.TEXT
     return None

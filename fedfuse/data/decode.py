@@ -11,25 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfuse.batch import TargetKind
-from fedfuse.data.audio import AudioSpec, log_mel, read_waveform
 from fedfuse.data.columns import Source, undeclared
-from fedfuse.data.image import ImageSpec, read_image
-from fedfuse.data.layout import Layout, Spec, array_of
+from fedfuse.data.decoder import Decoder, Read
+from fedfuse.data.layout import Layout
 from fedfuse.data.manifest import SPLITS, Row
-from fedfuse.data.media import looks_like_path, media_path, quiet
+from fedfuse.data.media import quiet
 from fedfuse.data.problem import Problem
-from fedfuse.data.series import SeriesSpec, fit_series
-from fedfuse.data.table import TableSpec, fit_table, read_cells
 from fedfuse.data.target import label_value
-from fedfuse.data.text import TextSpec, token_ids
-from fedfuse.data.vector import VectorSpec, fit_vector
-from fedfuse.data.video import VideoSpec, read_video
 from fedfuse.errors import DataError
 
 __all__ = ["Decoded", "decode", "decode_column"]
 
-_CHUNK = 256
-_SAMPLES = 1 << 23  # of sound at once, so that memory stays bounded
 _Key = tuple[str, ...]
 
 
@@ -136,7 +128,7 @@ def _bad_label(layout: Layout) -> tuple[str, str]:
 
 
 def decode_column(
-    layout: Layout, source: Source, spec: Spec, problems: list[Problem], bad: set[int]
+    layout: Layout, source: Source, spec: Decoder, problems: list[Problem], bad: set[int]
 ) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
     """One modality: every different content once, raw, and each row's place among them, -1 where
     it is absent. What is wrong is added to `problems`, and the row's number to `bad`."""
@@ -149,10 +141,9 @@ def decode_column(
     index = np.full(len(layout.manifest.rows), -1, dtype=np.int64)
     arrays: list[NDArray[np.generic]] = []
     read = _reader(layout.root, source, spec)
-    step = max(1, min(_CHUNK, _SAMPLES // spec.samples)) if isinstance(spec, AudioSpec) else _CHUNK
     with quiet(), ThreadPoolExecutor(max_workers=2) as pool:  # most decoders release the GIL
-        for start in range(0, len(keys), step):
-            chunk = keys[start : start + step]
+        for start in range(0, len(keys), spec.at_once):
+            chunk = keys[start : start + spec.at_once]
             results = list(pool.map(read, chunk))
             kept = [result for result in results if not isinstance(result, DataError)]
             place = sum(len(array) for array in arrays)
@@ -165,80 +156,18 @@ def decode_column(
                 if result.warning:
                     warning = DataError(result.warning)
                     _report(layout, source, users[key], warning, problems, None)
-            arrays.append(_finish([result.value for result in kept], spec))
-    empty = _finish([], spec)
-    return np.concatenate([empty, *arrays]), index
+            arrays.append(spec.stack([result.value for result in kept]))
+    return np.concatenate([spec.stack([]), *arrays]), index
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    value: NDArray[np.generic]
-    warning: str = ""
-
-
-def _reader(root: Path, source: Source, spec: Spec) -> Callable[[_Key], _Read | DataError]:
-    def read(key: _Key) -> _Read | DataError:
+def _reader(root: Path, source: Source, spec: Decoder) -> Callable[[_Key], Read | DataError]:
+    def read(key: _Key) -> Read | DataError:
         try:
-            return _read(root, source, spec, key)
+            return spec.read(root, key, source.declared)
         except DataError as error:
             return error
 
     return read
-
-
-def _read(root: Path, source: Source, spec: Spec, key: _Key) -> _Read:
-    cell = key[0]
-    match spec:
-        case ImageSpec():
-            return _Read(read_image(media_path(root, cell), spec))
-        case AudioSpec():
-            wave, rate = read_waveform(media_path(root, cell), spec)
-            declared = source.declared.sample_rate
-            differs = declared and rate != declared
-            what = f"{rate} samples a second, but {declared} are declared: it is resampled"
-            return _Read(wave, what if differs else "")
-        case VideoSpec():
-            return _Read(read_video(media_path(root, cell), spec))
-        case TextSpec():
-            return _Read(token_ids(_text(root, cell), spec))
-        case TableSpec(columns=columns) if columns:
-            return _Read(read_cells(key, spec))
-        case TableSpec():
-            return _Read(fit_table(array_of(root, cell), spec))
-        case VectorSpec():
-            return _Read(fit_vector(array_of(root, cell), spec))
-        case SeriesSpec():
-            array = array_of(root, cell)
-            shape = source.declared.shape
-            series = fit_series(array, spec)
-            steps = shape[0] if len(shape) == 2 else len(array)
-            what = f"{len(array)} time steps, but {steps} are declared: cut or padded"
-            return _Read(series, what if len(array) != steps else "")
-
-
-def _text(root: Path, cell: str) -> str:
-    """The cell itself, or what is in the .txt file that it names."""
-    if not (cell.lower().endswith(".txt") and looks_like_path(cell)):
-        return cell
-    try:
-        return media_path(root, cell).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        raise DataError(f"text file {cell} is not UTF-8", hint="save it as UTF-8") from None
-
-
-def _finish(values: list[NDArray[np.generic]], spec: Spec) -> NDArray[np.generic]:
-    """The values of a chunk, stacked; waveforms become spectrograms together."""
-    if isinstance(spec, AudioSpec):
-        return log_mel([np.asarray(wave, dtype=np.float32) for wave in values], spec)
-    shape = (spec.width,) if isinstance(spec, TableSpec) else spec.shape
-    kind = (
-        "u1"
-        if isinstance(spec, ImageSpec | VideoSpec)
-        else "i4"
-        if isinstance(spec, TextSpec)
-        else "f4"
-    )
-    return np.array(values, dtype=kind).reshape(len(values), *shape)
 
 
 def _report(

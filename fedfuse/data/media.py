@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfuse.data.inline import numbers
 from fedfuse.errors import DataError
 
-__all__ = ["looks_like_path", "media_path", "quiet", "read_array", "read_bytes"]
+__all__ = ["array_of", "looks_like_path", "media_path", "quiet", "read_array", "read_bytes"]
 
 _MEDIA = re.compile(r"[^\s]+\.[A-Za-z0-9]{1,5}")
 
@@ -86,6 +87,21 @@ def read_array(path: Path) -> NDArray[np.float32]:
     if array.dtype.kind not in "fiub":
         raise DataError(
             f"file {path.name} holds {array.dtype}, not real numbers", hint="save it as float32"
+        )
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
+
+
+def array_of(root: Path, cell: str) -> NDArray[np.float32]:
+    """The numbers of a cell: an .npy file's, or those in the cell itself. Raises DataError."""
+    if looks_like_path(cell) and cell.lower().endswith(".npy"):
+        return read_array(media_path(root, cell))
+    array = numbers(cell)
+    if array is None:
+        if looks_like_path(cell):
+            media_path(root, cell)  # a missing file is the likelier reason
+        raise DataError(
+            "its cell is neither an .npy file nor numbers", hint='such as "0.5 1.2" or [0.5, 1.2]'
         )
     with np.errstate(over="ignore"):
         return array.astype(np.float32)

@@ -17,7 +17,8 @@ LIMIT = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """The public centre and spread of each feature, or of all; () is the fixed map asinh(x)."""
+    """The public centre and spread of each feature, or of all; () is the fixed map asinh(x), and so
+    is a spread of 0 for its feature."""
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -29,10 +30,10 @@ class Scale:
 
         Features that are `coded` categories, (F,), stay as they are.
         """
+        scaled = np.arcsinh(values)
         if self.mean:
-            scaled = (values - np.array(self.mean)) / np.array(self.std)
-        else:
-            scaled = np.arcsinh(values)
+            mean, std = np.array(self.mean), np.array(self.std)
+            scaled = np.where(std > 0, (values - mean) / np.where(std > 0, std, 1), scaled)
         scaled = np.clip(scaled, -LIMIT, LIMIT).astype(np.float32)
         return scaled if coded is None else np.where(coded, values, scaled)
 
@@ -40,19 +41,25 @@ class Scale:
 def find_scale(
     width: int, said: DeclaredModality, public: NDArray[np.float32], notes: list[str]
 ) -> Scale:
-    """The scale of `width` features: the declared mean and std (or range); else the mean and std
-    of `public`, the valid split's values (N, ..., width); else asinh."""
-    if said.mean and len(said.mean) in (1, width):
-        return Scale(mean=said.mean, std=said.std)
+    """The scale of `width` features: the declared mean and std (or range); else, also for single
+    ones of which nothing is declared, the mean and std of `public`, the valid split's values
+    (N, ..., width); else asinh."""
+    declared = Scale(mean=said.mean, std=said.std) if len(said.mean) in (1, width) else Scale()
+    if declared.std and all(declared.std):
+        return declared
     if len(public):
         mean, std = _moments(public.reshape(-1, width))
+        if declared.std:
+            open_ = np.array(declared.std) == 0
+            mean = np.where(open_, mean, declared.mean)
+            std = np.where(open_, std, declared.std)
         notes.append(
             f"{said.name}: normalised by mean and standard deviation of the valid split, "
             "taken as public; declare mean and std to state them"
         )
         return Scale(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     notes.append(f"{said.name}: no declared scale and no valid split, so mapped by asinh(x)")
-    return Scale()
+    return declared
 
 
 def _moments(public: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -26,11 +26,8 @@ from fedfuse.data.normalise import Scale, find_scale
 from fedfuse.data.partition import NodeShard, partition
 from fedfuse.data.problem import refuse
 from fedfuse.data.reading import Channel, Reading, on_scale
-from fedfuse.data.series import SeriesSpec
 from fedfuse.data.spec import DataConfig
-from fedfuse.data.table import TableSpec
 from fedfuse.data.target import coded_labels, with_scale
-from fedfuse.data.vector import VectorSpec
 from fedfuse.errors import DataError
 
 __all__ = ["Prepared", "fingerprint_of", "open_node", "open_split", "prepare"]
@@ -290,7 +287,7 @@ def _channels(
     channels = []
     for source, spec in zip(layout.sources, layout.specs, strict=True):
         scale: Scale | None = None
-        if isinstance(spec, VectorSpec | SeriesSpec | TableSpec):
+        if spec.measured:
             raw = decoded.values[source.name].astype(np.float32, copy=False)
             public = decoded.index[source.name][valid]
             width = raw.shape[-1]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,9 @@ from fedfuse.batch import Modality, Schema, Target, TargetKind
 from fedfuse.data.columns import Source
 from fedfuse.data.dataset import Column, Dataset
 from fedfuse.data.decode import decode_column
-from fedfuse.data.layout import Layout, Spec
+from fedfuse.data.decoder import Decoder
+from fedfuse.data.kinds import KINDS
+from fedfuse.data.layout import Layout
 from fedfuse.data.manifest import RESERVED, Manifest, Row, read_manifest
 from fedfuse.data.normalise import Scale
 from fedfuse.data.problem import Problem, refuse
@@ -30,7 +32,7 @@ from fedfuse.errors import DataError
 __all__ = ["Channel", "Reading", "Unlabelled", "on_scale", "open_reading", "read_records"]
 
 _FILE = "reading.json"
-_SPECS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Spec)}
+_DECODERS: dict[str, type[Any]] = {kind.__name__: kind for kind in KINDS.values()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class Channel:
     """One modality: where it is in a manifest, what it becomes, and on which scale."""
 
     source: Source
-    spec: Spec
+    spec: Decoder
     scale: Scale | None
     """None: its values have none, as pixels or words."""
 
@@ -67,7 +69,7 @@ class Reading:
             "channels": [
                 {
                     "source": asdict(one.source),
-                    "spec": {"type": type(one.spec).__name__, **asdict(one.spec)},
+                    "spec": {"type": type(one.spec).__name__, **asdict(cast(Any, one.spec))},
                     "scale": None if one.scale is None else asdict(one.scale),
                 }
                 for one in self.channels
@@ -82,7 +84,7 @@ class Reading:
             channels = []
             for one in tree["channels"]:
                 spec = dict(one["spec"])
-                kind = _SPECS[spec.pop("type")]
+                kind = _DECODERS[spec.pop("type")]
                 scale = one["scale"]
                 channels.append(
                     Channel(
@@ -131,7 +133,7 @@ def open_reading(folder: Path) -> Reading | None:
     return Reading.from_dict(tree, where=str(path))
 
 
-def on_scale(values: NDArray[np.generic], spec: Spec, scale: Scale) -> NDArray[np.float32]:
+def on_scale(values: NDArray[np.generic], spec: Decoder, scale: Scale) -> NDArray[np.float32]:
     """Raw numbers (U, ..., F), NaN where missing, as the model gets them."""
     raw = values.astype(np.float32, copy=False)
     if isinstance(spec, TableSpec):

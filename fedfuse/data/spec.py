@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AUDIO_FEATURES", "PARTITIONS", "DataConfig"]
+__all__ = ["AUDIO_FEATURES", "DEMOS", "PARTITIONS", "DataConfig"]
 
-AUDIO_FEATURES = ("mel", "mfcc")
+DEMOS = (
+    "inspection", "multimedia", "interactive", "medical", "security", "recommendation", "sentiment",
+)  # fmt: skip
+"""Data sets that are made on the spot; see `scenes/`."""
 PARTITIONS = ("client", "iid", "dirichlet", "quantity", "modality")
+AUDIO_FEATURES = ("mel", "mfcc", "wave")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +22,9 @@ class DataConfig:
     """
 
     manifest: str = ""
-    """Path of the manifest (CSV, JSONL, Parquet). Empty: the demo data set is made."""
+    """Path of the manifest (CSV, JSONL, Parquet). Empty: a demo data set is made."""
+    demo: str = "inspection"
+    """Which one: one of DEMOS. A manifest goes before it."""
     modalities: tuple[str, ...] = ()
     """The modalities to use, by column name. Empty: all."""
     skip_bad: bool = False
@@ -40,7 +46,8 @@ class DataConfig:
     audio_seconds: float = 0.0
     """Audio is cut or zero-padded to this length in seconds."""
     audio_features: str = "mel"
-    """What becomes of a sound: one of AUDIO_FEATURES."""
+    """What becomes of a sound, one of AUDIO_FEATURES: its log-mel spectrogram, its mel cepstrum, or
+    for pretrained encoders "wave", the samples themselves."""
     mfcc: int = 20
     """Cepstral coefficients of a spectrum, where audio_features is "mfcc"."""
     mel_bands: int = 40

@@ -9,20 +9,29 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfuse.data.decoder import Decoder, Read
+from fedfuse.data.media import looks_like_path, media_path
 from fedfuse.errors import DataError
 
-__all__ = ["TextSpec", "load_tokenizer", "token_ids"]
+if TYPE_CHECKING:
+    from fedfuse.data.columns import Source
+    from fedfuse.data.declaration import DeclaredModality
+    from fedfuse.data.probe import Probe
+    from fedfuse.data.spec import DataConfig
+
+__all__ = ["TextSpec", "load_tokenizer", "text_of", "token_ids", "words_of"]
 
 _WORD = re.compile(r"\w+(?:'\w+)?", re.UNICODE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextSpec:
+class TextSpec(Decoder):
     """`tokens` words are kept; ids are below `vocabulary`, 0 is padding."""
 
     tokens: int
@@ -30,10 +39,26 @@ class TextSpec:
     tokenizer: str = ""
     """A transformers tokenizer, by folder or hub id; "" hashes words."""
 
+    suffixes: ClassVar = frozenset({".txt"})
+    stored: ClassVar = "i4"
+
+    @classmethod
+    def plan(cls, source: Source, config: DataConfig, probe: Probe) -> Self:
+        """All of it is settings. Raises DataError where the tokenizer cannot be loaded."""
+        if config.tokenizer:
+            load_tokenizer(config.tokenizer)  # an error belongs here, not to each record
+        return cls(
+            tokens=config.text_tokens, vocabulary=config.vocabulary, tokenizer=config.tokenizer
+        )
+
     @property
     def shape(self) -> tuple[int]:
         """(L,)."""
         return (self.tokens,)
+
+    def read(self, root: Path, cells: tuple[str, ...], said: DeclaredModality) -> Read:
+        """The tokens. Raises DataError."""
+        return Read(token_ids(text_of(root, cells[0]), self))
 
 
 def token_ids(text: str, spec: TextSpec) -> NDArray[np.int32]:
@@ -54,16 +79,39 @@ def token_ids(text: str, spec: TextSpec) -> NDArray[np.int32]:
     return ids
 
 
+def text_of(root: Path, cell: str) -> str:
+    """The cell itself, or what is in the .txt file that it names."""
+    if not (cell.lower().endswith(".txt") and looks_like_path(cell)):
+        return cell
+    try:
+        return media_path(root, cell).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"text file {cell} is not UTF-8", hint="save it as UTF-8") from None
+
+
+def words_of(text: str, spec: TextSpec) -> list[str]:
+    """What each id of `token_ids` but the padding stands for."""
+    if spec.tokenizer:
+        tokenizer = load_tokenizer(spec.tokenizer)
+        found = tokenizer(text, truncation=True, max_length=spec.tokens)
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(found["input_ids"])]
+    return _WORD.findall(text.lower())[: spec.tokens]
+
+
 @lru_cache(maxsize=4)
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer in a folder, or of a hub id. Raises DataError where it cannot be loaded.
+    """The tokenizer in a folder, or of a hub id, or of ID@REVISION. Raises DataError where there is
+    none.
 
     Code that comes with a tokenizer is never run.
     """
     from transformers import AutoTokenizer
 
+    whole, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            whole, revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"tokenizer {name!r} cannot be loaded ({type(error).__name__})",

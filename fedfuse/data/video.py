@@ -8,21 +8,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfuse.data.image import MOST_PIXELS, pixels_of
-from fedfuse.data.media import read_bytes
+from fedfuse.data.decoder import Decoder, Read
+from fedfuse.data.image import MOST_PIXELS, pixels_of, size_and_channels
+from fedfuse.data.media import media_path, read_bytes
 from fedfuse.errors import DataError
 
-__all__ = ["SUFFIXES", "VideoSpec", "load_av", "read_video", "video_facts"]
+if TYPE_CHECKING:
+    from fedfuse.data.columns import Source
+    from fedfuse.data.declaration import DeclaredModality
+    from fedfuse.data.probe import Probe
+    from fedfuse.data.spec import DataConfig
 
-SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv",
-     ".3gp"}
-)  # fmt: skip
+__all__ = ["VideoSpec", "load_av", "read_video", "video_facts"]
+
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,gif,ivf"
 """What FFmpeg may take a file for. Playlists would open other files, or the network."""
 _SPARE = 4
@@ -33,17 +36,34 @@ _MICROSECONDS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VideoSpec:
+class VideoSpec(Decoder):
     """`frames` pictures, `size` pixels high and wide, of `channels` 1 (gray) or 3 (RGB)."""
 
     frames: int
     size: int
     channels: int
 
+    suffixes: ClassVar = frozenset(
+        {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv",
+         ".3gp"}
+    )  # fmt: skip
+    stored: ClassVar = "u1"
+
+    @classmethod
+    def plan(cls, source: Source, config: DataConfig, probe: Probe) -> Self:
+        """As of images. Raises DataError where PyAV is missing."""
+        load_av()  # an error belongs here, not to each record
+        size, channels = size_and_channels(source, config.video_size, video_facts, probe)
+        return cls(frames=config.video_frames, size=size, channels=channels)
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(T, C, S, S)."""
         return self.frames, self.channels, self.size, self.size
+
+    def read(self, root: Path, cells: tuple[str, ...], said: DeclaredModality) -> Read:
+        """The pixels of the frames. Raises DataError."""
+        return Read(read_video(media_path(root, cells[0]), self))
 
 
 def read_video(path: Path, spec: VideoSpec) -> NDArray[np.uint8]:

@@ -5,7 +5,8 @@
     3  the model is counted before it is built, and the weights are checked against it
     4  the round is entered in the books as reserved, if they and the rest of the run as announced
        keep the promise, and the round is not over by now
-    5  records are read, and the job is run
+    5  records are read (with frozen pretrained encoders their features, made of them the first
+       time), and the job is run
     6  the update is brought into the form asked for, the round is committed in the books, and the
        update leaves
 
@@ -31,6 +32,8 @@ from fedfuse.data.prepare import open_node
 from fedfuse.errors import FedfuseError, PrivacyError, WireError
 from fedfuse.federation.books import Books
 from fedfuse.federation.compression import compress
+from fedfuse.federation.features import with_features
+from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.policy import Policy, scrubbed
 from fedfuse.federation.wire import (
     TrainReply,
@@ -80,6 +83,7 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
         known, dataset = _open(str(site.store), site.index)
         name = site.name or known
         _check_run(request, site.config)
+        check_pinned(site.config)
         counts = site.config.federation.weighting == "examples"
         mechanism = site.policy.check(request, dataset.schema, counts=counts)
         if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:
@@ -96,6 +100,7 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
             request.check_time()
             books.expose(name, request)
         trainer.load(weights)
+        dataset = with_features(dataset, trainer.model, trainer.device)
         subjects = dataset.subject_numbers() if _by_subject(request) else None
         ran = trainer.run(
             dataset, request.job, secret=_secret(site, request, name), subjects=subjects

@@ -14,6 +14,7 @@ from fedfuse.data.prepare import open_split
 from fedfuse.data.reading import open_reading
 from fedfuse.errors import ConfigError
 from fedfuse.federation.journal import Journal
+from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
@@ -89,6 +90,7 @@ def serve(grid: Grid, config: RunConfig, *, flower_run: int = 0) -> None:
 
 
 def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Journal) -> None:
+    check_pinned(config)
     key = os.environ.get(KEY_VARIABLE)
     signer = SigningKey.load(Path(key)) if key else None
     settled = settle(config, mean_records=None)

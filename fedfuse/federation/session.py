@@ -20,6 +20,7 @@ from fedfuse.data.dataset import Dataset
 from fedfuse.data.reading import Reading
 from fedfuse.evaluate import evaluate, predict, slices
 from fedfuse.federation import spending
+from fedfuse.federation.features import with_features
 from fedfuse.federation.gathering import Mean
 from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Observer, RoundRecord, RunInfo
@@ -82,6 +83,7 @@ class Session:
     def __post_init__(self) -> None:
         self.task = Task.of(self.schema.target, self.config.model)
         self._trainer = new_trainer(self.config, self.schema)
+        self.test = self.featured(self.test)
         self._strategy = build_strategy(self.config.federation, self.config.private)
         self._weights = self._trainer.weights()
         self._told: set[str] = set()
@@ -90,6 +92,10 @@ class Session:
         )
         self.device = str(self._trainer.device)
         self.done = self.first - 1
+
+    def featured(self, dataset: Dataset) -> Dataset:
+        """`dataset` with the features of frozen encoders, computed if its store has none yet."""
+        return with_features(dataset, self._trainer.model, self._trainer.device)
 
     def resume(self) -> tuple[str, ...]:
         """Goes on from the last checkpoint, the budget included; tells what became different.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fedfuse.config import RunConfig
 from fedfuse.errors import ConfigError
+from fedfuse.federation.pinning import declaration
 from fedfuse.federation.rounds import expected_batch
 from fedfuse.privacy.adaptive import count_noise_for
 from fedfuse.privacy.plan import plan
@@ -46,6 +47,7 @@ def settle(
     assumptions = [
         "the valid and test splits belong to the server: the promise covers training records only",
         "the configuration is public and was not chosen by looking at the training records",
+        *declaration(config),
     ]
     if privacy.unit == Unit.RECORD and not privacy.declared_records:
         declared = _declared("declared_records", mean_records, assumptions)

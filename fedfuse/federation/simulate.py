@@ -26,6 +26,7 @@ from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.ledgers import check_ledgers, open_ledgers
 from fedfuse.federation.loopback import LoopbackGrid, worker_count
 from fedfuse.federation.observer import Observer
+from fedfuse.federation.pinning import pin
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
@@ -62,6 +63,7 @@ def simulate(
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
     """
+    config = pin(config)
     RunFolder.check(out, config, resume=resume)
     if ledgers is not None:
         check_ledgers(ledgers, config)
@@ -105,6 +107,7 @@ def simulate(
             if resume:
                 notes += session.resume()
             notes += _hopeless(session)
+            session.featured(open_split(store, "train"))  # once here, not in each worker
             observer.prepared(
                 session.info(
                     engine=config.federation.engine,
@@ -171,12 +174,12 @@ def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool)
 
 
 def _prepare(config: RunConfig, temporary: Path, *, fingerprints: bool) -> Prepared:
-    """The data that `config` names; without a manifest, the demo data set."""
+    """The data that `config` names; without a manifest, a demo data set."""
     data = config.data
     if not data.manifest:
-        from fedfuse.data.demo import make_demo
+        from fedfuse.data.scenes import make
 
-        manifest = make_demo(temporary / "demo", seed=config.seed)
+        manifest = make(data.demo, temporary / "demo", seed=config.seed)
         data = dataclasses.replace(data, manifest=str(manifest))
     return prepare(data, seed=config.seed, fingerprints=fingerprints)
 
@@ -188,7 +191,7 @@ def _refuse_repeats(config: RunConfig, prepared: Prepared) -> None:
             f"{prepared.repeated_subjects} subjects have several records, so a promise for one "
             "record does not cover one person",
             where="data.manifest",
-            hint="keep one record of each subject, or set privacy.records_are_units = true",
+            hint="take --unit subject, or set privacy.records_are_units = true to protect a record",
         )
 
 

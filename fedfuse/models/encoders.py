@@ -31,6 +31,11 @@ def build_encoder(
 
     `sequence`: it can also give tokens of the record's parts; see `Encoder`.
     """
+    if config.encoder.pretrained(modality.kind.value):
+        # transformers is loaded by those alone who ask for it.
+        from fedfuse.models.backbone import PretrainedEncoder
+
+        return PretrainedEncoder(modality, config, vocabulary, sequence=sequence)
     shape, name = modality.shape, getattr(config.encoder, modality.kind.value, "")
     match modality.kind:
         case Kind.IMAGE:

@@ -40,7 +40,9 @@ class FusionModel(nn.Module):
                 modalities=len(self.names),
                 outputs=outputs,
                 config=config,
-                raw=[raw_width(modality, config) for modality in schema.modalities],
+                raw=[raw_width(modality, config) for modality in schema.modalities]
+                if config.fusion == "early"
+                else [],
                 graph=graph,
             )
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ class RawFeatures(nn.Module):
 
     Images and sounds give their cosine terms (see `cosines`), a video those of its frames over
     time, a series its summary and at most 16 stretches of time, text its bag of words and word
-    pairs, vectors and tables themselves.
+    pairs, vectors, tables and whatever else themselves.
     """
 
     rows: Tensor
@@ -60,7 +62,7 @@ class RawFeatures(nn.Module):
             case Kind.TEXT:
                 return bag_of_words(*self.words(x))
             case _:
-                return x
+                return x.flatten(1)
 
 
 def raw_width(modality: Modality, config: ModelConfig) -> int:
@@ -77,7 +79,7 @@ def raw_width(modality: Modality, config: ModelConfig) -> int:
         case Kind.TEXT:
             return 2 * config.text_width
         case _:
-            return shape[0]
+            return math.prod(shape)
 
 
 def _terms(modality: Modality, config: ModelConfig) -> int:

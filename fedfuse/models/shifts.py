@@ -21,7 +21,7 @@ from fedfuse.models.spec import ModelConfig
 
 __all__ = ["Shift", "moved", "shift_records", "shifts_of"]
 
-_TIME = {Kind.AUDIO: (2,), Kind.SERIES: (1,)}
+_TIME = {Kind.AUDIO: (2,), Kind.SERIES: (1,)}  # of a waveform (B, samples): the only axis
 _PLACE = {Kind.IMAGE: (2, 3), Kind.VIDEO: (3, 4)}
 
 
@@ -35,12 +35,17 @@ class Shift:
 
 
 def shifts_of(schema: Schema, config: ModelConfig) -> tuple[Shift, ...]:
-    """What `config` asks for in modalities that have time or place; () for nothing."""
+    """What `config` asks for in modalities that have time or place; () for nothing.
+
+    A frozen pretrained encoder sees each record once, before the run: its records stay in place.
+    """
+    encoder = config.encoder
     found = [
         Shift(modality.name, axis, round(share * modality.shape[axis - 1]))
         for modality in schema.modalities
+        if not (encoder.pretrained(modality.kind.value) and encoder.tuning == "frozen")
         for share, axes in ((config.time_shift, _TIME), (config.image_shift, _PLACE))
-        for axis in axes.get(modality.kind, ())
+        for axis in (min(one, len(modality.shape)) for one in axes.get(modality.kind, ()))
     ]
     return tuple(shift for shift in found if shift.most)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 __all__ = [
-    "ABSENT", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "AuxiliaryConfig", "EncoderConfig",
-    "ModelConfig",
+    "ABSENT", "CLASS_WEIGHTS", "ENCODERS", "FUSIONS", "LOSSES", "PRETRAINED", "PRETRAINED_KINDS",
+    "TUNINGS", "AuxiliaryConfig", "EncoderConfig", "ModelConfig",
 ]  # fmt: skip
 
 FUSIONS = {
@@ -40,17 +40,37 @@ ENCODERS = {
     "text": ("bag", "transformer", "gru"),
 }
 """The encoders of each kind of modality that has a choice, or may have; the first one is taken."""
+PRETRAINED = "hf:"
+"""How the name of a pretrained encoder begins: a folder or a hub id of transformers follows."""
+PRETRAINED_KINDS = ("text", "image", "audio")
+TUNINGS = ("frozen", "lora", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
-    """Which encoder each kind of modality has: one of its ENCODERS."""
+    """Which encoder each kind of modality has: one of its ENCODERS, or "hf:" with the folder or hub
+    id of a pretrained one (text, image, audio); "hf:NAME@REVISION" is one commit of it."""
 
     image: str = "cnn"
     audio: str = "cnn"
     video: str = "pool"
     series: str = "cnn"
     text: str = "bag"
+    text_sha256: str = ""
+    """The digest of the pretrained weights, the same at all sites. A simulation fills it in; for
+    real nodes it must be given: `fedfuse check` tells it."""
+    image_sha256: str = ""
+    audio_sha256: str = ""
+    tuning: str = "frozen"
+    """What of pretrained encoders is trained: nothing ("frozen"), low-rank additions to their
+    attention ("lora"), or everything ("full")."""
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    """The additions are scaled by lora_alpha / lora_rank."""
+
+    def pretrained(self, kind: str) -> bool:
+        """Whether modalities of `kind` have a pretrained encoder."""
+        return kind in PRETRAINED_KINDS and str(getattr(self, kind)).startswith(PRETRAINED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.config import RunConfig
+from fedfuse.models.spec import PRETRAINED_KINDS
 from fedfuse.privacy.accounting import LEAST_SIGMA
 from fedfuse.privacy.spec import Event, Unit
 
@@ -40,6 +41,7 @@ _SAID = (
     "no subject has records at two nodes",
     "the server is trusted: it sees",
     "the server looks at nothing but sums",
+    "it starts from public weights",
 )
 """How declarations of a run begin that have an assumption of their own here."""
 
@@ -83,6 +85,7 @@ def of_run(
         _clipping(config, events),
         _interrupted(events),
         _failures(rows),
+        *_pretrained(config),
         *(_shares(config, events) if config.privacy.unit == Unit.NODE else ()),
         Assumption(
             text="settings were not chosen by looking at training records",
@@ -342,6 +345,32 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> Assumption:
             else f"no answer failed in {_count(len(rows), 'round')}"
         ),
     )
+
+
+def _pretrained(config: RunConfig) -> Iterable[Assumption]:
+    encoder = config.model.encoder
+    for kind in PRETRAINED_KINDS:
+        if encoder.pretrained(kind):
+            digest = getattr(encoder, f"{kind}_sha256")
+            yield Assumption(
+                text=f"the {kind} encoder starts from public weights; what they were trained on is "
+                "outside this promise",
+                verdict=Verdict.TRUSTED if digest else Verdict.BROKEN,
+                evidence=(
+                    f"{getattr(encoder, kind)}, digest {digest}, is in config.toml, and each node "
+                    f"compares it; {_TUNED[encoder.tuning]}. That no training record was among "
+                    "what they were trained on, no file can show"
+                    if digest
+                    else "config.toml holds no digest of them: nodes may have had different ones"
+                ),
+            )
+
+
+_TUNED = {
+    "frozen": "none of them is trained or sent",
+    "lora": "they stay as they are, and low-rank additions to them are trained and noised",
+    "full": "they are trained and noised from there",
+}
 
 
 def _shares(config: RunConfig, events: Sequence[Event]) -> Iterable[Assumption]:

@@ -37,7 +37,7 @@ def federation(monkeypatch: pytest.MonkeyPatch) -> Fake:
     federate: Any = ModuleType("fedfuse.federation.simulate")
     federate.simulate = fake
     monkeypatch.setitem(sys.modules, "fedfuse.federation.simulate", federate)
-    demo: Any = ModuleType("fedfuse.data.demo")
-    demo.make_demo = make_demo
-    monkeypatch.setitem(sys.modules, "fedfuse.data.demo", demo)
+    scenes: Any = ModuleType("fedfuse.data.scenes")
+    scenes.make = lambda name, folder, **_: make_demo(folder)
+    monkeypatch.setitem(sys.modules, "fedfuse.data.scenes", scenes)
     return fake

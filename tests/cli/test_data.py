@@ -33,6 +33,15 @@ def break_lines(manifest: Path, changes: dict[int, dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
+def test_another_demo_is_made_by_its_name(run: Run) -> None:
+    result = run("data", "demo", "clinic", "--scenario", "medical", "--records", 40)
+    assert result == Result(0, "clinic/manifest.csv\n", "")
+    shown = run("data", "check", "clinic/manifest.csv")
+    assert shown.code == 0
+    assert "modality    vitals: series, 48 x 3" in shown.out
+    assert "clients     4" in shown.out
+
+
 def test_a_clean_manifest_passes_and_is_summed_up(run: Run, demo: Path) -> None:
     result = run("data", "check", demo)
     assert result.code == 0

@@ -23,6 +23,8 @@ HEAVY = ("torch", "flwr", "numpy", "matplotlib", "ray", "opacus", "rich")
         (("--help",), "fedfuse simulate --epsilon 8"),
         (("simulate", "--help"), "fedfuse simulate --unit none"),
         (("predict", "--help"), "fedfuse predict runs/quickstart new.csv"),
+        (("explain", "--help"), "fedfuse explain runs/quickstart"),
+        (("export", "--help"), "fedfuse export runs/quickstart --int8"),
         (("data", "--help"), "check"),
         (("server", "--help"), "register"),
         (("server", "run", "--help"), "fedfuse server run srv"),

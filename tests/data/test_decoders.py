@@ -16,11 +16,11 @@ from fedfuse.data.image import ImageSpec, image_facts, read_image
 from fedfuse.data.inline import number, numbers
 from fedfuse.data.media import media_path, read_array
 from fedfuse.data.series import SeriesSpec, fit_series
-from fedfuse.data.table import TableColumn, TableSpec, fit_table, read_cells, with_flags
+from fedfuse.data.table import TableColumn, TableSpec, fit_table, read_cells, unknown_in, with_flags
 from fedfuse.data.text import TextSpec, load_tokenizer, token_ids
-from fedfuse.data.torchaudio_compat import load_torchaudio
 from fedfuse.data.vector import VectorSpec, fit_vector
 from fedfuse.errors import DataError
+from fedfuse.torchaudio_compat import load_torchaudio
 
 GRAY8 = ImageSpec(size=8, channels=1)
 SOUND = AudioSpec(rate=8000, seconds=0.5, bands=40, frames=32)
@@ -183,12 +183,15 @@ def test_a_table_codes_categories_and_flags_what_is_missing() -> None:
     )
     assert spec.shape == (10,)
     assert read_cells(("40", "m", "b"), spec).tolist() == [40, 1, 0, 1, 0]
+    assert read_cells(("40", "f", "1.0"), spec).tolist() == [40, -1, 0, 0, 0]
+    assert unknown_in(("40", "f", "c"), spec) == unknown_in(("x", "", "n/a"), spec) == ""
+    assert unknown_in(("1", "x", "d"), spec).count("none of the") == 2
     values = with_flags(
         np.stack([read_cells(("", "f", "c"), spec), read_cells(("1", "", ""), spec)])
     )
-    assert values[0].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert values[0].tolist() == [0, -1, 0, 0, 1, 1, 0, 0, 0, 0]
     assert values[1].tolist() == [1, 0, 0, 0, 0, 0, 1, 1, 1, 1]
-    for wrong in (("old", "m", "a"), ("1", "x", "a"), ("inf", "m", "a"), ("1e300", "m", "a")):
+    for wrong in (("old", "m", "a"), ("inf", "m", "a"), ("1e300", "m", "a")):
         with pytest.raises(DataError):
             read_cells(wrong, spec)
     array = TableSpec(features=2)

@@ -76,7 +76,7 @@ class Clinic:
             digest=config_digest(self.config),
             task="classification",
             modalities=schema.names,
-            parameters=count_parameters(schema, config.model),
+            parameters=count_parameters(schema, config.model, vocabulary=config.data.vocabulary),
             job=job_of(config, settled.mechanism, 1),
             arrays=encode(new_trainer(config, schema).weights()),
         )

@@ -74,8 +74,7 @@ class GraphFusion(TokenFusion):
         rows, dim, edges = z.shape[0], z.shape[2], len(self.source)
         which = torch.arange(self.concepts.num_embeddings, device=z.device).expand(rows, -1)
         concepts = self.concepts(which)
-        score = torch.einsum("bmd,bnd->bmn", self.query(z), concepts) / math.sqrt(dim)
-        near = hide(score.softmax(2), seen)
+        near = self.nearness(z, seen, concepts)
         h = concepts + torch.einsum("bmn,bmd->bnd", near, self.write(z))
         for norm, own, talk, mix in zip(self.norms, self.own, self.talk, self.mix, strict=True):
             x = norm(h)
@@ -86,6 +85,12 @@ class GraphFusion(TokenFusion):
             h = h + F.gelu(own(x) + heard)
         read = torch.einsum("bmn,bnd->bmd", near, h)
         return torch.cat([z.flatten(1), read.flatten(1), flags(seen, z)], 1)
+
+    def nearness(self, z: Tensor, seen: Tensor, concepts: Tensor) -> Tensor:
+        """z (B, M, D), concepts (B, N, D) -> (B, M, N): how each token that is there is spread over
+        the concepts; the shares of one sum to 1, and are zero where it is absent."""
+        score = torch.einsum("bmd,bnd->bmn", self.query(z), concepts) / math.sqrt(z.shape[2])
+        return hide(score.softmax(2), seen)
 
 
 def _edges(graph: Graph) -> tuple[Tensor, ...]:

@@ -16,7 +16,6 @@ import fcntl
 import logging
 import os
 import queue
-import select
 import socket
 import stat
 import struct
@@ -67,9 +66,11 @@ class Visit:
     @property
     def left(self) -> bool:
         """Whether who brought the letter has gone."""
-        ready, _, _ = select.select([self._line], [], [], 0)
+        self._line.setblocking(False)
         try:
-            return bool(ready) and not self._line.recv(1, socket.MSG_PEEK)
+            return not self._line.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
         except OSError:
             return True
 
@@ -128,7 +129,9 @@ class Door:
                 yield visit
 
     def close(self) -> None:
-        """Ends all visits, and takes the socket away."""
+        """Ends all visits, and takes the socket away; once."""
+        if self._socket.fileno() < 0:
+            return
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -137,8 +140,10 @@ class Door:
         for line in lines:
             _hang_up(line)
         self._path.unlink(missing_ok=True)
-        with suppress(OSError):
-            os.close(self._held)
+        os.close(self._held)
+        with suppress(queue.Empty):
+            while (visit := self._letters.get_nowait()) is not None:
+                visit.end()
         self._letters.put(None)
 
     def _welcome(self) -> None:
@@ -155,7 +160,12 @@ class Door:
             if not self._lets_in(line):
                 line.close()
                 continue
-            threading.Thread(target=self._read, args=(line,), name="visitor", daemon=True).start()
+            reader = threading.Thread(target=self._read, args=(line,), name="visitor", daemon=True)
+            try:
+                reader.start()
+            except RuntimeError:  # the machine has no thread left, which passes
+                self._reading.pop(line, None)
+                line.close()
 
     def _lets_in(self, line: socket.socket) -> bool:
         """Whether this visitor may stay; makes room where too many are still writing."""

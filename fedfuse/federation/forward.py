@@ -67,6 +67,8 @@ def forwarded(path: Path, letter: Letter, *, tries_s: float = _TRIES_S) -> Lette
         try:
             send(door, letter, seconds=_SEND_S)
             return receive(door, most_bytes=_MOST_REPLY, head_s=_patience(letter), rate=1e6)
+        except TimeoutError:
+            raise WireError("the node's vault gave no answer before the round was over") from None
         except OSError:
             raise WireError("the node's vault broke off: it says why in its log") from None
 

@@ -64,12 +64,14 @@ class Process:
         environment: Mapping[str, str],
         folder: Path,
         log: Path | None = None,
+        name: str = "",
     ) -> None:
         """Starts it in `folder`; what it says is added to `log`. None: to this process's terminal.
+        `name`: what messages call it, if not by its program.
 
         Raises FederationError.
         """
-        self.name = Path(words[0]).name
+        self.name = name or Path(words[0]).name
         self.log = log
         out = None if log is None else log.open("ab")
         try:

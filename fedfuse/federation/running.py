@@ -66,8 +66,15 @@ def run_node(path: Path, tell: Callable[[str], None]) -> None:
         raise FederationError("the node is running already", where=str(path))
     variables = environment(folder / FLOWER)
     own = [sys.executable, "-P", "-m", "fedfuse", "node", "start", str(path.absolute())]
-    with Process([*own, "--only", "vault"], environment=variables, folder=folder) as vault:
-        wait_until(lambda: is_guarded(door.parent) and door.exists(), _START_S, "no vault", vault)
+    with Process(
+        [*own, "--only", "vault"], environment=variables, folder=folder, name="the vault"
+    ) as vault:
+        wait_until(
+            lambda: is_guarded(door.parent) and door.exists(),
+            _START_S,
+            "it does not open",
+            vault,
+        )
         (folder / FLOWER).mkdir(mode=0o700, exist_ok=True)
         log = folder / SUPERNODE_LOG
         log.touch(mode=0o600)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedfuse.cli import main
 from fedfuse.federation.door import Door
 from fedfuse.federation.newnode import node_key
 from fedfuse.federation.nodefile import NodeFile
@@ -47,23 +51,31 @@ def a_certificate(path: Path, *, days: float = 365, since: float = 1) -> Path:
     return path
 
 
-@pytest.fixture
-def made(run: Run, tmp_path: Path) -> Path:
-    """A node with data, that lacks nothing."""
-    SigningKey.create(tmp_path / "server.pem")
-    ca = a_certificate(tmp_path / "ca.pem")
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a node that has data and lacks nothing, made by the commands."""
+    folder = tmp_path_factory.mktemp("ready")
+    SigningKey.create(folder / "server.pem")
     words: tuple[Any, ...] = (
-        "--name", "clinic a", "--epsilon", 4, "--server", tmp_path / "server.pem",
-        "--superlink", "127.0.0.1:1", "--ca", ca, "--anchor", tmp_path / "anchor",
+        "--name", "clinic a", "--epsilon", 4, "--server", folder / "server.pem", "--superlink",
+        "127.0.0.1:1", "--ca", a_certificate(folder / "ca.pem"), "--anchor", folder / "anchor",
     )  # fmt: skip
-    done = run("node", "init", NODE, *words)
-    assert done.code == 0, done.err
-    assert done.out.split()[0] == "ecdsa-sha2-nistp384"
-    assert done.out == (NODE / "supernode.pub").read_text()
-    manifest = write_manifest(tmp_path)
-    done = run("node", "prepare", NODE, manifest)
-    assert done.code == 0, done.err
-    assert done.out == "90 records of left, right\n"
+    for command in (
+        ("init", folder / NODE, *words),
+        ("prepare", folder / NODE, write_manifest(folder)),
+    ):
+        with redirect_stdout(io.StringIO()) as said:
+            assert main(["node", *map(str, command)]) == 0
+        (folder / command[0]).write_text(said.getvalue())
+    return folder
+
+
+@pytest.fixture
+def made(ready: Path, tmp_path: Path) -> Path:
+    """A copy of that node, to be spoiled."""
+    shutil.copytree(ready, tmp_path, dirs_exist_ok=True)
+    settings = tmp_path / NODE / "node.toml"
+    settings.write_text(settings.read_text().replace(str(ready), str(tmp_path)))
     return tmp_path / NODE
 
 
@@ -82,6 +94,10 @@ def test_each_command_has_help_with_an_example(run: Run, command: str) -> None:
 
 
 def test_a_new_node_is_ready_and_its_own(run: Run, made: Path) -> None:
+    line = (made.parent / "init").read_text()
+    assert line.split()[0] == "ecdsa-sha2-nistp384"
+    assert line == (made / "supernode.pub").read_text()
+    assert (made.parent / "prepare").read_text() == "90 records of left, right\n"
     settings = NodeFile.read(made / "node.toml")
     assert settings.name == "clinic a"
     server = SigningKey.load(made.parent / "server.pem").public

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from fedfuse.errors import ConfigError, FederationError, WireError
 from fedfuse.federation import door as doors
+from fedfuse.federation import forward
 from fedfuse.federation.door import Door, is_guarded
 from fedfuse.federation.forward import forwarded
 from fedfuse.federation.framing import MOST_HEAD, Letter, connect, receive, send
@@ -232,6 +233,16 @@ def test_one_vault_at_a_time_and_a_killed_one_leaves_no_obstacle(door: Door, pat
     again = an_echo(path)
     assert echoed(path, 2)
     again.close()
+
+
+def test_an_answer_that_takes_too_long_is_not_waited_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "_BEYOND_S", 0.2)
+    silent = Door(path, clients=frozenset({os.getuid()}), most_bytes=1 << 20)
+    with pytest.raises(WireError, match="before the round was over"):
+        forwarded(path, a_letter(deadline=time.time() + 0.1))
+    silent.close()
 
 
 def test_no_vault_is_told_without_a_path(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ from fedfuse.federation.vault import Answered, serve
 from tests.federation.clinic import Clinic
 
 MakeConfig = Callable[..., RunConfig]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +152,47 @@ def test_a_bundle_with_a_fedfuse_of_its_own_is_refused(
     assert len(unread) == read
 
 
+BUNDLE = """
+import sys
+from clients.app import app
+from flwr.app import Context, Message, RecordDict
+from fedfuse.federation.flower import received, take_identity, with_id
+take_identity()
+message = with_id(Message(RecordDict(), dst_node_id=1, message_type="train"))
+context = Context(1, 1, {"vault": sys.argv[1]}, RecordDict(), {})
+print(dict(app(received(RecordDict(), message.metadata), context).content["config"])["problem"])
+"""
+
+
+def test_a_bundle_that_shadows_fedfuse_is_found_out(
+    config: RunConfig, tmp_path: Path, open_vault: Callable[[Clinic], list[Answered]]
+) -> None:
+    """As Flower runs a bundle: its folder comes first where Python looks for modules."""
+    clinic = Clinic.open(tmp_path / "clinic", config)
+    open_vault(clinic)
+    said = []
+    for name, parts in (("thin", ("clients",)), ("thick", ("clients", "fedfuse"))):
+        bundle = tmp_path / name
+        for part in parts:
+            shutil.copytree(ROOT / part, bundle / part)
+        path = os.pathsep.join([str(bundle), str(ROOT)])
+        done = subprocess.run(
+            [sys.executable, "-c", BUNDLE, clinic.folder / "door" / "vault.sock"],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "exactly one is needed" in said[0]  # understood, and no request
+    assert "runs a fedfuse of its own" in said[1]
+
+
 def test_what_runs_in_the_bundles_process_loads_neither_torch_nor_data() -> None:
     code = (
         "import sys, clients.app\n"
         "held = {'torch', 'opacus', 'pyarrow', 'fedfuse.data', 'fedfuse.privacy.ledger'}\n"
         "print(sorted(held & set(sys.modules)))"
     )
-    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,12 +65,13 @@ def said(door: Path, sent: Letter) -> str:
     return f"{told['status']}: {told['problem']}"
 
 
-def much(clinic: Clinic, steps: int) -> TrainRequest:
+def much(clinic: Clinic, steps: int, **changes: Any) -> TrainRequest:
     """A request for work that takes a while and costs little."""
     honest = clinic.request()
     assert honest.job.mechanism is not None
     what = dataclasses.replace(honest.job.mechanism, steps=steps, noise_multiplier=500.0)
-    return clinic.request(job=dataclasses.replace(honest.job, mechanism=what, steps=steps))
+    job = dataclasses.replace(honest.job, mechanism=what, steps=steps)
+    return clinic.request(job=job, **changes)
 
 
 @pytest.mark.slow
@@ -110,34 +112,22 @@ def test_a_vault_that_is_killed_has_spent_what_it_reserved_and_nothing_else(
     with running(clinic, door) as vault:
         assert "was answered before" in said(door, asked)  # it comes a second time: charged once
         assert said(door, letter(clinic, clinic.request(round=2))) == "ok: "
-        late = letter(clinic, clinic.request(round=1))
-        assert "round 1 is over" in said(door, late)
-        os.kill(vault.pid, signal.SIGKILL)  # after it answered
-    assert holds()
-    after = clinic.ledger().accounts()[0]
-    assert (after.rounds, after.steps, after.open) == (2, 30_002, 1)
-
-
-@pytest.mark.slow
-def test_a_request_whose_round_ends_in_the_queue_is_not_charged(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    clinic = Clinic.open(tmp_path / "clinic", make_config(privacy__declared_records=30))
-    door = clinic.folder / "door" / "vault.sock"
-    with running(clinic, door) as vault:
-        assert said(door, letter(clinic, clinic.request())) == "ok: "  # it is warm
-        first = letter(clinic, much(clinic, 3_000))
+        stale = letter(clinic, clinic.request(round=1))
+        assert "round 1 is over" in said(door, stale)
+        slow = letter(clinic, much(clinic, 1_000, round=3))
         answers: list[str] = []
-        asking = threading.Thread(target=lambda: answers.append(said(door, first)))
+        asking = threading.Thread(target=lambda: answers.append(said(door, slow)))
         asking.start()
         entries = len(list(clinic.ledger().entries()))
         wait_until(lambda: len(list(clinic.ledger().entries())) > entries, 60, "no entry", vault)
-        waiting = clinic.request(round=2, deadline=time.time() + 0.3)
-        assert "after its deadline" in said(door, letter(clinic, waiting))
+        waits = clinic.request(round=3, deadline=time.time() + 0.1)  # its round ends in the queue
+        assert "after its deadline" in said(door, letter(clinic, waits))
         asking.join(60)
-    assert answers == ["ok: "]
-    account = clinic.ledger().accounts()[0]
-    assert (account.rounds, account.open) == (1, 0)
+        assert answers == ["ok: "]
+        os.kill(vault.pid, signal.SIGKILL)  # after it answered
+    assert holds()
+    after = clinic.ledger().accounts()[0]
+    assert (after.rounds, after.steps, after.open) == (3, 31_002, 1)
 
 
 def raw(sent: Letter) -> str:

@@ -17,7 +17,7 @@ import click
 import typer
 
 from fedfuse.cli.scenario import Flags, configuration
-from fedfuse.cli.simulate import fresh_folder
+from fedfuse.cli.simulate import draw, fresh_folder
 from fedfuse.errors import FederationError, RunFolderError, UsageError
 
 if TYPE_CHECKING:
@@ -220,6 +220,8 @@ def run(
         click.echo(f"the run goes on; see: fedfuse server status {folder}", err=True)
         click.echo(f"hint: stop it with: fedfuse server stop {folder} --run {path.name}", err=True)
         raise typer.Exit(130) from None
+    finally:
+        draw(path)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     elif quiet:

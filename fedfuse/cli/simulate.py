@@ -148,7 +148,7 @@ def _run(
         _say_what_is_saved(config, run)
         raise typer.Exit(130) from None
     finally:
-        _draw(run)
+        draw(run)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     elif quiet:
@@ -206,7 +206,7 @@ def _with_data(config: RunConfig, demo_dir: Path | None) -> RunConfig:
     return config.with_values({"data.manifest": str(manifest.absolute())})
 
 
-def _draw(run: Path) -> None:
+def draw(run: Path) -> None:
     """The run's curves, as far as it came. A picture that fails costs a line, never the run."""
     if not (run / "metrics.jsonl").is_file():
         return

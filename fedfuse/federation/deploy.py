@@ -23,6 +23,7 @@ from fedfuse.errors import FederationError, FedfuseError, RunFolderError
 from fedfuse.federation.bundle import write_bundle
 from fedfuse.federation.journal import JOURNAL, replay
 from fedfuse.federation.observer import Observer
+from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.processes import Follower
 from fedfuse.federation.superlink import SuperLink
 from fedfuse.federation.tickets import is_conducted, issue_ticket
@@ -48,7 +49,8 @@ def launch(link: SuperLink, config: RunConfig, run: Path, *, resume: bool) -> St
     """Submits `config`, to be run in the folder `run`, which lies in the server's runs.
 
     Raises FederationError where too few nodes are connected or the SuperLink does not take it,
-    RunFolderError where the folder is another run's, or a server app is at work in it.
+    RunFolderError where the folder is another run's, or a server app is at work in it, ConfigError
+    where what all sites must share is left open.
     """
     server = link.server
     if is_conducted(run):
@@ -57,6 +59,7 @@ def launch(link: SuperLink, config: RunConfig, run: Path, *, resume: bool) -> St
             where=str(run),
             hint=f"stop it: fedfuse server stop {server.folder} --run {run.name}",
         )
+    check_pinned(config)
     RunFolder.check(run, config, resume=resume)
     nodes = link.nodes()
     online = [node for node in nodes if node["status"] == "online"]

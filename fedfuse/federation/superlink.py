@@ -107,7 +107,7 @@ class SuperLink:
             raise FederationError(
                 "the server is running already", where=str(server.folder), hint="stop it first"
             )
-        server.certificate().refuse_dates(f"fedfuse server renew {server.folder}")
+        server.certificate().refuse_dates(self._remedy)
         server.key()
         if not (server.store / "test").is_dir():
             raise FederationError(
@@ -140,6 +140,10 @@ class SuperLink:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return pid if self._is_ours(pid) else None
+
+    @property
+    def _remedy(self) -> str:
+        return f"fedfuse server renew {self.server.folder}, and start the server anew"
 
     def _is_ours(self, pid: int) -> bool:
         """Whether it is a process that was given this server's database: numbers come again."""
@@ -249,6 +253,7 @@ class SuperLink:
 
     def _flwr(self, *words: str) -> dict[str, Any]:
         """What a command of Flower's says, as JSON. Raises FederationError."""
+        self.server.certificate().refuse_dates(self._remedy)
         if not self.answers():
             raise FederationError(
                 "the SuperLink does not answer",

@@ -263,6 +263,8 @@ def test_a_proxy_lets_nodes_through_and_nobody_else(federation: Federation, tmp_
         # Whoever reaches the SuperLink itself needs no key to see the nodes and to run code.
         assert bare("supernode", "list") == 0
         assert bare("run", str(bundle)) == 0
+        asked = status(federation, federation.port, "/v1/runtime/acquire-task")
+        assert asked not in (401, 403, 404)
         assert guarded("supernode", "list") != 0
         assert guarded("run", str(bundle)) != 0
         for path in ("control/list-nodes", "runtime/acquire-task", "fleet/../control/list-nodes"):

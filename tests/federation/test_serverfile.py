@@ -90,6 +90,8 @@ def test_what_cannot_start_says_why_before_anything_is_started(server: ServerFil
     with pytest.raises(FederationError, match="ran out") as caught:
         link.check()
     assert "fedfuse server renew" in caught.value.hint
+    with pytest.raises(FederationError, match="ran out"):
+        link.nodes()
     renew(server)
     with (
         socket.create_server(("127.0.0.1", server.settings.superlink.port)),

@@ -261,16 +261,21 @@ class SuperLink:
                 hint=f"fedfuse server start {self.server.folder}",
             )
         self._connection()
-        done = subprocess.run(
-            [program("flwr"), *words, "--format", "json"],
-            env=environment(self.server.home) | {"NO_COLOR": "1"},
-            cwd=self.server.home,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_CALL_S,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [program("flwr"), *words, "--format", "json"],
+                env=environment(self.server.home) | {"NO_COLOR": "1"},
+                cwd=self.server.home,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_CALL_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise FederationError(
+                f"the SuperLink gave no answer within {_CALL_S:g} s", where=self.server.local
+            ) from None
         try:
             told = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
@@ -295,7 +300,11 @@ class SuperLink:
 
 def _said(text: str) -> str:
     """What Flower says, in one line of an operator's words."""
-    line = " ".join(re.sub(r"\x1b\[[0-9;]*m|[\U0001f000-\U0001ffff✅❌⚠️📄]", "", text).split())
+    line = " ".join(
+        re.sub(
+            r"Using SuperLink: \S+ \(\S+\)|\x1b\[[0-9;]*m|[\U0001f000-\U0001ffff✅❌⚠️📄]", "", text
+        ).split()
+    )
     return next((ours for theirs, ours in _SAYINGS if theirs in line.lower()), line[-400:])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 # Loaded where a private step is taken: Opacus brings torch.distributed and SciPy's statistics with
 # it, which is half of the time to start, and the process that conducts a run takes no such step.
 
-__all__ = ["Job", "Ran", "Records", "Trainer", "pick_device"]
+__all__ = ["Job", "Ran", "Records", "Trainer", "Weights", "optimizer_of", "pick_device"]
+
+Weights = dict[str, NDArray[np.generic]]
+"""By name, as they travel."""
 
 
 class Records(Protocol):
@@ -140,7 +143,7 @@ class Trainer:
                 else:
                     tensor.copy_(torch.from_numpy(value.copy()))
 
-    def weights(self) -> dict[str, NDArray[np.generic]]:
+    def weights(self) -> Weights:
         """A copy of the model's weights, by name: trained ones and buffers, no frozen ones."""
         return {name: tensor.to("cpu", copy=True).numpy() for name, tensor in self._state.items()}
 
@@ -172,44 +175,48 @@ class Trainer:
         Raises PrivacyError where the unit needs subjects and there are none.
         """
         self.model.train()
-        optimizer = _optimizer(self._parameters, job)
+        optimizer = optimizer_of(self._parameters, job)
         pull = self._proximal(job.proximal_mu)
         mechanism = job.mechanism
         if mechanism is None or mechanism.unit is Unit.NODE:
             start = self.weights()
-            self._hooks_off()
+            self.hooks_off()
             self._run_plain(records, job, optimizer, pull, secret)
-            return Ran() if mechanism is None else self._private_update(start, job, secret)
+            if mechanism is None:
+                return Ran()
+            ran, bounded = self.private_update(start, self.weights(), job, secret)
+            self.load(bounded)
+            return ran
         if mechanism.unit is Unit.SUBJECT and subjects is None:
             raise PrivacyError('unit "subject" needs to know whose each record is')
         whose = subjects if mechanism.unit is Unit.SUBJECT else None
         return self._run_private(records, job, mechanism, optimizer, pull, secret, whose)
 
-    def _private_update(
-        self, start: dict[str, NDArray[np.generic]], job: Job, secret: bytes
-    ) -> Ran:
-        """Unit "node": bounds what the whole round did, and adds this node's share of noise."""
+    def private_update(
+        self, start: Weights, end: Weights, job: Job, secret: bytes
+    ) -> tuple[Ran, Weights]:
+        """Unit "node": the weights that a round from `start` to `end` may give, which are bounded
+        and have this node's share of noise."""
         mechanism = job.mechanism
         assert mechanism is not None
         share = 0.0 if job.noise_by == "server" else job.noise_nodes**-0.5
-        end, C = self.weights(), mechanism.clip_norm
-        self.load(
-            private_update(
-                start,
-                end,
-                self.trainable,
-                clip_norm=C,
-                noise_multiplier=mechanism.sum_noise * share,
-                stream=NoiseStream(secret, "noise"),
-            )
+        C = mechanism.clip_norm
+        bounded = private_update(
+            start,
+            end,
+            self.trainable,
+            clip_norm=C,
+            noise_multiplier=mechanism.sum_noise * share,
+            stream=NoiseStream(secret, "noise"),
         )
         if not mechanism.count_noise:
-            return Ran()
+            return Ran(), bounded
         own = float(unclipped(start, end, self.trainable, C)) - 0.5
         stream = NoiseStream(secret, "count")
-        return Ran(unclipped=(noisy_count(own, mechanism.count_noise * share, stream),))
+        count = noisy_count(own, mechanism.count_noise * share, stream)
+        return Ran(unclipped=(count,)), bounded
 
-    def _parts(self, shares: str) -> tuple[list[Part], list[Part]]:
+    def parts(self, shares: str) -> tuple[list[Part], list[Part]]:
         """The parts to clip by (none where C is not shared out), and all parts of the model."""
         from fedfuse.privacy.dpsgd import Part
 
@@ -242,7 +249,7 @@ class Trainer:
         from fedfuse.privacy.dpsgd import PrivateOptimizer, private_step
 
         model = self._prepared(job.clipping)
-        parts, watched = self._parts(job.clip_shares)
+        parts, watched = self.parts(job.clip_shares)
         private = PrivateOptimizer(
             optimizer,
             noise_multiplier=mechanism.sum_noise,
@@ -254,7 +261,7 @@ class Trainer:
             count_noise=mechanism.count_noise,
         )
         sampling, rate = NoiseStream(secret, "sampling"), mechanism.sample_rate
-        varied = self._variation(secret)
+        varied = self.variation(secret)
         drawn: Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]] = (
             ((rows, None) for rows in poisson_batches(len(records), rate, job.steps, sampling))
             if subjects is None
@@ -287,7 +294,7 @@ class Trainer:
         pull: Callable[[], None] | None,
         secret: bytes,
     ) -> None:
-        order, varied = NoiseStream(secret, "order"), self._variation(secret)
+        order, varied = NoiseStream(secret, "order"), self.variation(secret)
         for rows in shuffled_batches(len(records), job.batch_size, job.steps, order):
             if len(rows) == 0:
                 return
@@ -298,7 +305,7 @@ class Trainer:
                 pull()
             optimizer.step()
 
-    def _variation(self, secret: bytes) -> Callable[[Batch], Batch]:
+    def variation(self, secret: bytes) -> Callable[[Batch], Batch]:
         """Modality dropout and shifts as the model asks for, each from a stream of its own."""
         chance = float(getattr(self.model, "modality_dropout", 0.0))
         shifts = getattr(self.model, "shifts", ())
@@ -320,11 +327,12 @@ class Trainer:
 
         if clipping not in self._ready:
             self._ready[clipping] = prepare(self.model, clipping)
-        self._hooks_off()
+        self.hooks_off()
         set_hooks(self._ready[clipping], on=True)
         return self._ready[clipping]
 
-    def _hooks_off(self) -> None:
+    def hooks_off(self) -> None:
+        """The model as it is without private steps."""
         if not self._ready:
             return
         from fedfuse.privacy.dpsgd import set_hooks
@@ -346,7 +354,8 @@ class Trainer:
         return pull
 
 
-def _optimizer(parameters: list[nn.Parameter], job: Job) -> torch.optim.Optimizer:
+def optimizer_of(parameters: Sequence[nn.Parameter], job: Job) -> torch.optim.Optimizer:
+    """The optimizer of a round, without any state of the one before."""
     if job.optimizer == "adam":
         betas = (job.momentum, 0.999)
         return torch.optim.AdamW(

@@ -574,10 +574,29 @@ FAULTS = (
     Fault(
         line=10,
         name="batch-norm-accepted",
-        file="fedfuse/privacy/dpsgd.py",
+        file="fedfuse/privacy/safety.py",
         old="if isinstance(module, _CROSS_RECORD):",
         new="if False:",
         tests=(f"{CLIPPING}test_layer_that_mixes_records_is_refused",),
+    ),
+    Fault(
+        line=10,
+        name="rows-not-compared",
+        file="fedfuse/privacy/safety.py",
+        old="    if mixed is not None:",
+        new="    if False:",
+        tests=("tests/privacy/test_safety.py::test_operation_in_somebodys_forward_is_found",),
+    ),
+    Fault(
+        line=10,
+        name="model-not-checked",
+        file="fedfuse/federation/checking.py",
+        old="    refuse(found)\n",
+        new="",
+        tests=(
+            "tests/federation/test_pretrained_runs.py"
+            "::test_model_that_mixes_records_is_refused_before_anything_is_reserved",
+        ),
     ),
     Fault(
         line=10,
@@ -598,7 +617,7 @@ FAULTS = (
     Fault(
         line=10,
         name="in-batch-loss-prepared",
-        file="fedfuse/privacy/dpsgd.py",
+        file="fedfuse/privacy/safety.py",
         old='if getattr(module, "mixes_records", False):',
         new="if False:",
         tests=(f"{AUXILIARY}{COUPLED}",),

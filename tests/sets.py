@@ -12,7 +12,7 @@ from PIL import Image
 __all__ = ["write_medical", "write_sentiment"]
 
 
-def write_medical(folder: Path, records: int = 120) -> Path:
+def write_medical(folder: Path, records: int = 72) -> Path:
     """Scans, notes and a table with blanks, from three hospitals; some records lack a scan or a
     note. What is looked for shows as a bright spot, as words, and as a high value."""
     draw = np.random.default_rng(3)
@@ -50,7 +50,7 @@ def write_medical(folder: Path, records: int = 120) -> Path:
     return path
 
 
-def write_sentiment(folder: Path, speakers: int = 24) -> Path:
+def write_sentiment(folder: Path, speakers: int = 16) -> Path:
     """Features of utterances made elsewhere: a vector of the words, one of the voice, a series of
     the face. The target is from -3 to 3; nobody speaks in two splits."""
     draw = np.random.default_rng(4)

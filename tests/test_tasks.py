@@ -11,6 +11,7 @@ from sklearn.metrics import cohen_kappa_score, mean_absolute_error, r2_score, ro
 from fedfuse import metrics
 from fedfuse.batch import Target, TargetKind
 from fedfuse.errors import ConfigError
+from fedfuse.models.answer import answer
 from fedfuse.models.spec import ModelConfig
 from fedfuse.tasks import Task
 
@@ -190,3 +191,12 @@ def test_sentiment_figures_need_the_range_from_minus_3_to_3() -> None:
 def test_figures_of_a_model_that_diverged_are_no_error(target: Target) -> None:
     outputs, truth = EACH[target.kind]
     Task.of(target).metrics(np.full(outputs.shape, np.nan), truth.numpy())
+
+
+def test_no_answer_leaves_the_declared_range() -> None:
+    outputs, truth = np.array([[90.0], [-90.0], [0.5]]), np.array([1.0, -1.0, 0.5])
+    assert Task.of(SENTIMENT).metrics(outputs, truth)["mae"] == 0
+    said = answer(torch.tensor(outputs), SENTIMENT)
+    assert said.flatten().tolist() == [3.0, -3.0, 1.5]
+    free = Target(kind=TargetKind.REGRESSION, centre=0.0, scale=3.0)
+    assert answer(torch.tensor(outputs), free).flatten().tolist() == [270.0, -270.0, 1.5]

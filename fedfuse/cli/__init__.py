@@ -1,5 +1,5 @@
 """The command line: `fedfuse simulate`, `fedfuse predict`, `fedfuse explain`, `fedfuse export`,
-`fedfuse plan`, `fedfuse data`, `fedfuse models`, `fedfuse node`, `fedfuse server`,
+`fedfuse plan`, `fedfuse data`, `fedfuse models`, `fedfuse check`, `fedfuse node`, `fedfuse server`,
 `fedfuse ledger`, `fedfuse report`, `fedfuse doctor`.
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 unexpected, 2 to 8 the error classes
@@ -19,6 +19,7 @@ import typer
 
 from fedfuse import __version__
 from fedfuse.cli import (
+    check,
     data,
     doctor,
     explain,
@@ -71,6 +72,7 @@ app.command("export")(export.export)
 app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.command("models")(models.models)
+app.command("check")(check.check)
 app.add_typer(node.app, name="node")
 app.add_typer(server.app, name="server")
 app.add_typer(ledger.app, name="ledger")

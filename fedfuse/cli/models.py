@@ -59,6 +59,7 @@ def models(
     Example: fedfuse models --set model.dim=64
     """
     from fedfuse.config import RunConfig
+    from fedfuse.federation.pinning import pin
 
     config = RunConfig.from_toml(scenario) if scenario else RunConfig()
     for change in changes or ():
@@ -66,7 +67,8 @@ def models(
         if not sign:
             raise click.BadParameter(f"--set {change}", param_hint="such as --set model.dim=64")
         config = config.with_values({key: value})
-    schema, others = _schema(config, data), _others(config, data)
+    config = pin(config)
+    schema, others = schema_of(config, data), _others(config, data)
     fusions = list(_fusions(config, schema, knowledge))
     encoders = list(_encoders(config, (*schema.modalities, *others)))
     if as_json:
@@ -83,6 +85,11 @@ def models(
     if others:
         click.echo(f"encoders also for {_shapes(others)}")
     click.echo("")
+    peak = _peak(config, schema, knowledge) / 1e6
+    click.echo(
+        f"a private step of this scenario's model ({config.model.fusion}), "
+        f"{config.train.physical_batch} records at once, takes {peak:,.0f} MB of tensors\n"
+    )
     for title, listed in (("fusion", fusions), ("encoder", encoders)):
         click.echo(f"{title:<16}{'':<14}{'parameters':>11}{'kFLOP':>9}{'kB/round':>10}  source")
         for each in listed:
@@ -102,7 +109,8 @@ def _line(each: Listed) -> str:
     return f"{each.name:<16}{each.what:<14}{numbers}  {each.paper}".rstrip()
 
 
-def _schema(config: RunConfig, data: Path | None) -> Schema:
+def schema_of(config: RunConfig, data: Path | None) -> Schema:
+    """What records look like: as in a manifest, or as in the demo data."""
     from fedfuse.batch import Kind, Modality, Schema, Target, TargetKind
     from fedfuse.data.layout import plan
     from fedfuse.data.manifest import read_manifest
@@ -130,6 +138,27 @@ def _schema(config: RunConfig, data: Path | None) -> Schema:
         ),
         target=Target(kind=TargetKind.CLASSIFICATION, classes=CLASSES),
     )
+
+
+def _peak(config: RunConfig, schema: Schema, knowledge: Path | None) -> int:
+    """Bytes at the peak of a private step, at most physical_batch records at once."""
+    from fedfuse.models.knowledge import read_graph
+    from fedfuse.models.made import made_batch
+    from fedfuse.models.model import build_model
+    from fedfuse.privacy.memory import peak_of_step
+    from fedfuse.tasks import Task
+
+    vocabulary, train = config.data.vocabulary, config.train
+    graph = read_graph(knowledge) if knowledge else None
+    model = build_model(schema, config.model, vocabulary=vocabulary, graph=graph)
+    peak = peak_of_step(
+        model,
+        made_batch(schema, 4, vocabulary=vocabulary, model=model),
+        Task.of(schema.target, config.model).loss,
+        optimizer=train.optimizer,
+        clipping=config.privacy.clipping,
+    )
+    return peak.at(train.physical_batch)
 
 
 def _others(config: RunConfig, data: Path | None) -> tuple[Modality, ...]:
@@ -180,7 +209,10 @@ def _encoders(config: RunConfig, modalities: Sequence[Modality]) -> Iterator[Lis
 
     for modality in modalities:
         kind = modality.kind.value
-        for name in ENCODERS.get(kind, (kind,)):
+        names = ENCODERS.get(kind, (kind,))
+        if config.model.encoder.pretrained(kind):
+            names = (getattr(config.model.encoder, kind), *names)
+        for name in names:
             choice: dict[str, Any] = {kind: name} if kind in ENCODERS else {}
             model = replace(config.model, encoder=replace(config.model.encoder, **choice))
             encoder = build_encoder(modality, model, config.data.vocabulary)

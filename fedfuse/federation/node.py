@@ -2,7 +2,8 @@
 
     1  the request is read strictly, and refused if it is late or of another run
     2  the node's own policy is asked about all but the cost: who asks, for what, how much
-    3  the model is counted before it is built, and the weights are checked against it
+    3  the model is counted before it is built, the weights are checked against it, and the model is
+       seen to keep made-up records apart
     4  the round is entered in the books as reserved, if they and the rest of the run as announced
        keep the promise, and the round is not over by now
     5  records are read (with frozen pretrained encoders their features, made of them the first
@@ -18,12 +19,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import OrderedDict
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from flwr.app import RecordDict
+from numpy.typing import NDArray
 
 from fedfuse.batch import Schema
 from fedfuse.config import RunConfig
@@ -31,6 +35,7 @@ from fedfuse.data.dataset import Dataset
 from fedfuse.data.prepare import open_node
 from fedfuse.errors import FedfuseError, PrivacyError, WireError
 from fedfuse.federation.books import Books
+from fedfuse.federation.checking import check_trainer
 from fedfuse.federation.compression import compress
 from fedfuse.federation.features import with_features
 from fedfuse.federation.pinning import check_pinned
@@ -46,10 +51,11 @@ from fedfuse.models.auxiliary import training_loss
 from fedfuse.models.model import build_model, count_parameters
 from fedfuse.privacy.noise import NoiseStream, round_secret
 from fedfuse.privacy.spec import Event, Unit
+from fedfuse.stacked import Member, Stacked
 from fedfuse.tasks import Task
-from fedfuse.train import Trainer, pick_device
+from fedfuse.train import Job, Ran, Trainer, Weights, pick_device
 
-__all__ = ["Site", "answer", "new_trainer", "refusal", "trainer_for"]
+__all__ = ["Site", "answer", "answers", "new_trainer", "refusal", "trainer_for"]
 
 _log = logging.getLogger("fedfuse.node")
 _trainers: OrderedDict[tuple[str, str, str], Trainer] = OrderedDict()
@@ -70,12 +76,91 @@ class Site:
     """Which of several worker processes this is: it picks the GPU."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Training:
+    """What is to be done once the books hold a round."""
+
+    trainer: Trainer
+    job: Job
+    member: Member
+    subjects: NDArray[np.int64] | None
+
+
+_Trained: TypeAlias = tuple[Ran, Weights]
+_Node: TypeAlias = Generator[_Training, _Trained, TrainReply]
+
+
 def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
     """The reply to the request in `record`; never raises, and what it says of errors is scrubbed.
 
     Guarantees: the books have held the round as reserved since before a record was read; a reply
     with weights has its event marked as spent.
     """
+    return answers([(record, site, books)])[0]
+
+
+def answers(asked: Sequence[tuple[RecordDict, Site, Books]]) -> list[TrainReply]:
+    """The replies of several nodes, in their order, each as `answer` gives it.
+
+    Nodes that are to do the same job train together where their model can be stacked.
+    """
+    replies: list[TrainReply | None] = [None] * len(asked)
+    waiting: dict[tuple[int, Job], list[tuple[int, _Node, _Training]]] = {}
+    for place, (record, site, books) in enumerate(asked):
+        node = _answering(record, site, books)
+        try:
+            training = next(node)
+            kind = id(training.trainer), training.job
+            waiting.setdefault(kind, []).append((place, node, training))
+        except StopIteration as ended:
+            replies[place] = ended.value
+    for group in waiting.values():
+        for place, node, trained in _trained(group):
+            try:
+                if isinstance(trained, Exception):
+                    node.throw(trained)
+                else:
+                    node.send(trained)
+            except StopIteration as ended:
+                replies[place] = ended.value
+    return [reply for reply in replies if reply is not None]
+
+
+def _trained(
+    group: Sequence[tuple[int, _Node, _Training]],
+) -> Iterator[tuple[int, _Node, _Trained | Exception]]:
+    """Runs the job of a group, all of it together or one node after the other."""
+    trainer, job = group[0][2].trainer, group[0][2].job
+    members = [training.member for _, _, training in group]
+    try:
+        stack = _stacked(trainer) if len(group) > 1 else None
+        if stack is not None and stack.takes(members[0].records, job):
+            found = stack.run(members, job)
+            yield from (
+                (place, node, one) for (place, node, _), one in zip(group, found, strict=True)
+            )
+            return
+    except Exception as error:
+        yield from ((place, node, error) for place, node, _ in group)
+        return
+    for place, node, training in group:
+        member = training.member
+        try:
+            trainer.load(member.weights)
+            ran = trainer.run(member.records, job, secret=member.secret, subjects=training.subjects)
+            yield place, node, (ran, trainer.weights())
+        except Exception as error:
+            yield place, node, error
+
+
+@lru_cache(maxsize=2)
+def _stacked(trainer: Trainer) -> Stacked:
+    return Stacked(trainer)
+
+
+def _answering(record: RecordDict, site: Site, books: Books) -> _Node:
+    """A node's answer in two halves: it asks for training in between, and is told what came of
+    it."""
     name, round, event = site.name or f"node-{site.index}", 0, None
     try:
         request = TrainRequest.from_record(record)
@@ -91,6 +176,7 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
         _check_size(request, site.config, dataset.schema)
         trainer = trainer_for(site.config, dataset.schema, worker=site.worker)
         weights = decode(request.arrays, trainer.template)
+        check_trainer(trainer, site.config, dataset.schema, mechanism)
         commit = None
         if mechanism is not None:
             reserved = event_of(mechanism, node=name, round=round, status="reserved")
@@ -99,17 +185,18 @@ def answer(record: RecordDict, site: Site, books: Books) -> TrainReply:
         else:
             request.check_time()
             books.expose(name, request)
-        trainer.load(weights)
         dataset = with_features(dataset, trainer.model, trainer.device)
-        subjects = dataset.subject_numbers() if _by_subject(request) else None
-        ran = trainer.run(
-            dataset, request.job, secret=_secret(site, request, name), subjects=subjects
+        ran, trained = yield _Training(
+            trainer=trainer,
+            job=request.job,
+            member=Member(records=dataset, weights=weights, secret=_secret(site, request, name)),
+            subjects=dataset.subject_numbers() if _by_subject(request) else None,
         )
         if ran.signal_to_noise:
             told = ", ".join(f"{part} {value:.3g}" for part, value in ran.signal_to_noise.items())
             _log.info("%s, round %d: signal to noise of a step: %s", name, round, told)
         arrays = compress(
-            trainer.weights(),
+            trained,
             weights,
             form=request.compression,
             keep=request.compression_keep,

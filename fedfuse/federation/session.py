@@ -20,6 +20,7 @@ from fedfuse.data.dataset import Dataset
 from fedfuse.data.reading import Reading
 from fedfuse.evaluate import evaluate, predict, slices
 from fedfuse.federation import spending
+from fedfuse.federation.checking import check_trainer
 from fedfuse.federation.features import with_features
 from fedfuse.federation.gathering import Mean
 from fedfuse.federation.node import new_trainer
@@ -79,10 +80,14 @@ class Session:
     """Of the last finished round."""
     done: int = 0
     seconds: float = 0.0
+    remarks: tuple[str, ...] = ()
+    """What the check of the model found that is no danger to the promise."""
 
     def __post_init__(self) -> None:
         self.task = Task.of(self.schema.target, self.config.model)
         self._trainer = new_trainer(self.config, self.schema)
+        found = check_trainer(self._trainer, self.config, self.schema, self.mechanism)
+        self.remarks = tuple(f"{one.what} ({one.hint})" for one in found)
         self.test = self.featured(self.test)
         self._strategy = build_strategy(self.config.federation, self.config.private)
         self._weights = self._trainer.weights()

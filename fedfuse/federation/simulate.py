@@ -106,7 +106,7 @@ def simulate(
             )
             if resume:
                 notes += session.resume()
-            notes += _hopeless(session)
+            notes += session.remarks + _hopeless(session)
             session.featured(open_split(store, "train"))  # once here, not in each worker
             observer.prepared(
                 session.info(

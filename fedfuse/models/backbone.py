@@ -99,6 +99,17 @@ class PretrainedEncoder(Encoder):
                 whole = torch.cat([both, flags], 2)
         return whole.float() if self._packed(whole) else None
 
+    def made(self, rows: int, draw: torch.Generator) -> Tensor | None:
+        """Random features in the form of `pack`, for which no network has to be loaded; with parts
+        there are three of them."""
+        width = self.project.in_features
+        if self.place is None:
+            x = torch.randn(rows, width, generator=draw)
+        else:
+            x = torch.randn(rows, 4, width + 1, generator=draw)
+            x[..., -1] = 1.0
+        return x if self.frozen and self._packed(x) else None
+
     def _packed(self, x: Tensor) -> bool:
         return x.is_floating_point() and tuple(x.shape[1:]) != self.modality.shape
 

@@ -21,7 +21,7 @@ Guarantees (neighbours: add or remove one unit; adversary: sees every update)
     (Andrew et al. 2021, arXiv:1905.03871v5, theorem 1).
 Not covered
     A model in which one record's output depends on another's (batch norm, in-batch contrast);
-    `check_model` refuses those that it can see.
+    `safety.py` refuses those that it can see.
 
 | edge case            | what happens                                        |
 |----------------------|-----------------------------------------------------|
@@ -50,6 +50,7 @@ from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.noise import NoiseStream
+from fedfuse.privacy.safety import check_model
 from fedfuse.privacy.sums import Sums
 
 __all__ = [
@@ -57,7 +58,6 @@ __all__ = [
     "Part",
     "PrivateOptimizer",
     "RecordGradients",
-    "check_model",
     "prepare",
     "private_step",
     "set_hooks",
@@ -69,8 +69,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 RecordGradients: TypeAlias = BookKeeping | GradSampleModule
 """A model that gives the gradients of single records, by either way of `prepare`."""
-
-_CROSS_RECORD = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def prepare(model: nn.Module, clipping: str = "bookkeeping") -> RecordGradients:
@@ -101,69 +99,6 @@ def set_hooks(model: RecordGradients, *, on: bool) -> None:
     """Turns hooks on or off; book-keeping has none, and leaves the model alone between steps."""
     if not isinstance(model, BookKeeping):
         (model.enable_hooks if on else model.disable_hooks)()
-
-
-def check_model(model: nn.Module, clipping: str = "bookkeeping") -> None:
-    """Raises ModelError on a layer that mixes records, or one that `clipping` is not right for."""
-    for name, module in model.named_modules():
-        if isinstance(module, _CROSS_RECORD):
-            raise ModelError(
-                f"layer {name!r} is a {type(module).__name__}, which mixes records or keeps "
-                "statistics of them",
-                where="model",
-                hint="use nn.GroupNorm or nn.LayerNorm",
-            )
-        if getattr(module, "mixes_records", False):
-            raise ModelError(
-                f"part {name!r} has a loss over the whole batch, in which one record's gradient "
-                "depends on others",
-                where="model",
-                hint="take model.auxiliary.anchors or alignment",
-            )
-        own = [key for key, value in module.named_parameters(recurse=False) if value.requires_grad]
-        if own and (wrong := _depends_on_the_batch(module)):
-            raise ModelError(
-                f"layer {name!r} is a {type(module).__name__} with {wrong}, which makes one "
-                "record's gradient depend on others",
-                where="model",
-                hint="leave that setting out",
-            )
-        if own and clipping == "hooks":
-            _check_hooks(name, module, own[0])
-
-
-def _depends_on_the_batch(module: nn.Module) -> str:
-    if getattr(module, "max_norm", None) is not None:
-        return "max_norm"
-    return "scale_grad_by_freq" if getattr(module, "scale_grad_by_freq", False) else ""
-
-
-def _check_hooks(name: str, module: nn.Module, parameter: str) -> None:
-    if wrong := _wrong_under_hooks(module):
-        raise ModelError(
-            f"layer {name!r} is a {type(module).__name__} with {wrong}, for which Opacus 1.6 "
-            "gives wrong per-record gradients or none",
-            where="model",
-            hint='leave that setting out, or take privacy.clipping = "bookkeeping"',
-        )
-    if type(module) not in GradSampleModule.GRAD_SAMPLERS:
-        raise ModelError(
-            f"layer {name or 'model'!r} ({type(module).__name__}) holds parameter {parameter!r}, "
-            "for which there is no per-record gradient",
-            where="model",
-            hint="build it from Linear, Conv, Embedding, GroupNorm and LayerNorm",
-        )
-
-
-def _wrong_under_hooks(module: nn.Module) -> str:
-    """The setting of a layer under which Opacus's hooks were seen to be off, or ""."""
-    if getattr(module, "padding_idx", None) is not None:
-        return "padding_idx"
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return "a padding_mode other than zeros"
-    if isinstance(module, nn.LayerNorm) and "bias" not in dict(module.named_parameters()):
-        return "bias=False"
-    return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

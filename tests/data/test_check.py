@@ -199,3 +199,23 @@ def test_messages_never_hold_the_content_of_a_record(media: Path, write_csv: Wri
     with pytest.raises(DataError) as error:
         prepare(DataConfig(manifest=str(path)), seed=0)
     assert "SECRET" not in str(error.value)
+
+
+def test_arrays_in_place_of_sounds_or_texts_are_features_of_them(
+    media: Path, write_csv: WriteCsv
+) -> None:
+    toml = '[modalities]\naudio = "audio"\ntext = "text"\nvideo = { kind = "video" }\n'
+    rows = [
+        ["a", "train", "x", "0", "v.npy", "v.npy", "s.npy"],
+        ["b", "test", "x", "1", "v.npy", "v.npy", "s.npy"],
+    ]
+    path = write_csv("id,split,client,label,audio,text,video", rows, toml)
+    assert check(path) == ()
+    prepared = prepare(DataConfig(manifest=str(path)), seed=0)
+    found = {m.name: (m.kind.value, m.shape) for m in prepared.schema.modalities}
+    assert found == {
+        "audio": ("vector", (4,)),
+        "text": ("vector", (4,)),
+        "video": ("series", (10, 3)),
+    }
+    assert sum("its cells are arrays" in note for note in prepared.notes) == 3

@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_files(scene: str, tmp_path: Path) -> None:
 
 
 def test_gaps_sizes_and_speakers_are_as_promised(tmp_path: Path) -> None:
-    prepared = prepare(DataConfig(manifest=str(make("sentiment", tmp_path))), seed=0)
+    prepared = prepare(DataConfig(manifest=str(make("sentiment", tmp_path, records=480))), seed=0)
     sizes = [len(shard.rows) for shard in prepared.shards]
     assert max(sizes) > 1.4 * min(sizes)
     present = np.array([prepared.train.present(name) for name in prepared.schema.names])
@@ -110,7 +110,7 @@ def test_all_modalities_together_beat_each_alone(scene: str, tmp_path: Path) -> 
     found = {}
     for names in ("", *SCENES[scene].modalities):
         config = configured(
-            scene, manifest, **{"privacy.unit": "none", "train.rounds": 8, "data.modalities": names}
+            scene, manifest, **{"privacy.unit": "none", "train.rounds": 6, "data.modalities": names}
         )
         found[names] = trained(config, prepare(config.data, seed=0))
     together = found.pop("")

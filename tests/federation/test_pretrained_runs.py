@@ -13,7 +13,8 @@ from fedfuse.config import RunConfig
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.demo import make_demo
 from fedfuse.data.prepare import open_node, open_split, prepare
-from fedfuse.errors import ConfigError
+from fedfuse.errors import ConfigError, ModelError
+from fedfuse.federation import node
 from fedfuse.federation.features import with_features
 from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Silent
@@ -23,6 +24,7 @@ from fedfuse.federation.settle import settle
 from fedfuse.federation.simulate import simulate
 from fedfuse.federation.wire import config_digest
 from fedfuse.models.backbone import Backbone, PretrainedEncoder
+from fedfuse.models.model import FusionModel
 from fedfuse.reports.assumptions import Verdict
 from fedfuse.reports.budget import of_run
 from fedfuse.runfolder import RunFolder
@@ -196,3 +198,23 @@ def test_settling_for_real_nodes_declares_the_weights(config: RunConfig) -> None
     )
     with pytest.raises(ConfigError, match="is empty"):
         check_pinned(config)
+
+
+def test_model_that_mixes_records_is_refused_before_anything_is_reserved(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clinic = Clinic.open(tmp_path, pin(config).with_values({"privacy.noise_seed": ""}))
+    request = clinic.request()
+    forward = FusionModel.forward
+
+    def mixing(self: FusionModel, batch: Any) -> torch.Tensor:
+        outputs = forward(self, batch)
+        return outputs - outputs.mean(0)
+
+    monkeypatch.setattr(FusionModel, "forward", mixing)
+    node._trainers.clear()
+    assert "lets one record's output depend" in clinic.said(request)
+    assert "reserve" not in (tmp_path / "ledger").read_text()
+    node._trainers.clear()
+    with pytest.raises(ModelError, match="lets one record's output depend"):
+        simulate(config, tmp_path / "run", observer=Silent())

@@ -118,30 +118,25 @@ def test_who_may_not_connect_is_told_why(federation: Federation, tmp_path: Path)
 
 
 def test_a_run_outlives_the_superlink_and_its_own_server_app(federation: Federation) -> None:
-    """What was broken off stays spent, once; the books of both sides say the same."""
+    """What was broken off stays spent, once; the books of both sides say the same. The SuperLink is
+    killed before the server knows the nodes' names, the server app when there is a checkpoint."""
+    words = [sys.executable, "-m", "fedfuse", "server", "run", str(federation.srv)]
+    scenario = [str(federation.scenario), "--set", "train.rounds=4", "--log", "json"]
     with ExitStack() as stack:
         nodes = [stack.enter_context(federation.start_node(node)) for node in federation.nodes]
-        wait_until(
-            lambda: [n["status"] for n in federation.link.nodes()] == ["online"] * 3,
-            120, "no nodes", *nodes,
-        )  # fmt: skip
-        words = [sys.executable, "-m", "fedfuse", "server", "run", str(federation.srv)]
-        run, peers = start(federation, [*words, str(federation.scenario), "--set",
-                                        "train.rounds=4", "--log", "json"], 2)  # fmt: skip
-        # Nothing of all this talks to anybody but the SuperLink, and each node to itself.
-        assert peers
-        assert {peer.split(" ")[0] for peer in peers} == {"127.0.0.1"}
+        wait_for_nodes(federation, nodes)
+        run, peers = start(federation, [*words, *scenario], 1)
         pid = federation.link.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_conducted(run), 120, "the server app goes on")
         assert not federation.link.answers()
         fedfuse("server", "start", federation.srv, "--detach")
-        wait_until(
-            lambda: [n["status"] for n in federation.link.nodes()] == ["online"] * 3,
-            120, "no nodes", *nodes,
-        )  # fmt: skip
-        start(federation, [*words, "--resume", run.name], 2)
+        wait_for_nodes(federation, nodes)
+        _, more = start(federation, [*words, "--resume", run.name], 2)
+        # Nothing of all this talks to anybody but the SuperLink, and each node to itself.
+        assert peers
+        assert {peer.split(" ")[0] for peer in peers | more} == {"127.0.0.1"}
         (app,) = [pid for pid in processes(federation) if b"flwr-serverapp" in words_of(pid)]
         os.kill(app, signal.SIGKILL)
         wait_until(lambda: not is_conducted(run), 60, "the server app goes on")
@@ -149,6 +144,14 @@ def test_a_run_outlives_the_superlink_and_its_own_server_app(federation: Federat
     summary = json.loads(told.stdout)
     assert (summary["status"], summary["engine"]) == ("finished", "superlink")
     check_books(federation, run, summary, done=2, broken_off=2)
+
+
+def wait_for_nodes(federation: Federation, nodes: list[Process]) -> None:
+    """Returns once all three are connected."""
+    wait_until(
+        lambda: [each["status"] for each in federation.link.nodes()] == ["online"] * 3,
+        120, "the nodes do not connect", *nodes,
+    )  # fmt: skip
 
 
 def start(federation: Federation, words: list[str], round: int) -> tuple[Path, set[str]]:

@@ -157,6 +157,10 @@ def test_stored_features_give_the_model_the_same_numbers(folder: Path) -> None:
         assert isinstance(encoder, PretrainedEncoder)
         packed = encoder.pack(batch.inputs[kind])
         assert packed is not None
+        made = encoder.made(5, torch.Generator())
+        assert made is not None
+        assert made.dim() == packed.dim()
+        assert made.shape[-1] == packed.shape[-1]
         packed[~batch.present[kind]] = 0
         inputs = {**batch.inputs, kind: packed}
         assert torch.allclose(model(dataclasses.replace(batch, inputs=inputs)), model(batch))

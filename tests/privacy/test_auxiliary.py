@@ -12,7 +12,8 @@ from fedfuse.errors import ConfigError, ModelError
 from fedfuse.models.auxiliary import training_loss
 from fedfuse.models.model import FusionModel
 from fedfuse.models.spec import FUSIONS, AuxiliaryConfig
-from fedfuse.privacy.dpsgd import Loss, check_model
+from fedfuse.privacy.dpsgd import Loss
+from fedfuse.privacy.safety import check_model
 from fedfuse.privacy.spec import CLIPPINGS
 from tests.privacy.test_clipping import (
     SCHEMA,

@@ -577,7 +577,7 @@ def test_module_whose_outputs_are_not_by_record_is_refused() -> None:
 
 def test_module_by_vmap_that_holds_dropout_is_refused() -> None:
     with pytest.raises(ModelError, match="holds dropout"):
-        prepare(Net(attention, layer=nn.MultiheadAttention(4, 2, dropout=0.1)))
+        prepare(Net(attention, layer=nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True)))
 
 
 def test_parameter_of_the_model_itself_is_refused() -> None:

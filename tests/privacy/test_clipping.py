@@ -18,12 +18,12 @@ from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.dpsgd import (
     Loss,
     PrivateOptimizer,
-    check_model,
     clip_factors,
     prepare,
     private_step,
 )
 from fedfuse.privacy.noise import NoiseStream
+from fedfuse.privacy.safety import check_model
 from fedfuse.privacy.spec import CLIPPINGS
 from fedfuse.tasks import Task
 

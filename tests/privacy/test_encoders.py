@@ -67,7 +67,7 @@ def batch_of(kind: Kind, size: int, seed: int, chance: float = 0.7) -> Batch:
     return Batch(inputs, present, torch.from_numpy(rng.integers(0, 3, size)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     encoder=st.sampled_from(ALL),
     fusion=st.sampled_from(FUSION),

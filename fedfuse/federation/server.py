@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import Context
@@ -25,6 +26,7 @@ from fedfuse.federation.tickets import (
     STORE_VARIABLE,
     alone,
     folder_of,
+    no_orphan,
 )
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.runfolder import RunFolder
@@ -76,7 +78,7 @@ def serve(grid: Grid, config: RunConfig, *, flower_run: int = 0) -> None:
             hint="`fedfuse server start` sets them: the prepared test records, the run folders",
         )
     path = folder_of(Path(runs), flower_run) if runs else Path(str(out))
-    with alone(path):
+    with alone(path), no_orphan() if runs else nullcontext():
         journal = Journal(path)
         try:
             _serve(grid, config, path, Path(store), journal)

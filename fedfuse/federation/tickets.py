@@ -8,6 +8,8 @@ while it works; the lock goes with its process, however that ends. Without torch
 from __future__ import annotations
 
 import fcntl
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ __all__ = [
     "folder_of",
     "is_conducted",
     "issue_ticket",
+    "no_orphan",
 ]
 
 STORE_VARIABLE = "FEDFUSE_STORE"
@@ -38,6 +41,7 @@ KEY_VARIABLE = "FEDFUSE_KEY"
 """A real server's private key, in PEM: nodes answer servers whose public keys they know."""
 _FOLDER = ".flower"
 _TICKET_S, _LOCK_S, _LOOK_S = 60.0, 2.0, 0.2
+_ORPHAN_S = 20.0
 
 
 def issue_ticket(run: Path, flower_run: int) -> None:
@@ -101,6 +105,30 @@ def alone(run: Path) -> Iterator[None]:
                     ) from None
                 time.sleep(_LOOK_S)
         yield
+
+
+@contextmanager
+def no_orphan() -> Iterator[None]:
+    """Ends this process some seconds after the one that started it, if it has not ended by then.
+
+    Flower 1.41 ends a server app whose SuperLink is gone by a signal, whose handler waits for ever
+    where the signal comes in the middle of a retry: for a lock that the same thread holds. Such a
+    process would keep its run folder's lock. What it had reserved stays reserved.
+    """
+    parent, over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_S):
+            if os.getppid() != parent:
+                if not over.wait(_ORPHAN_S):
+                    os._exit(1)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _lock_file(run: Path) -> Path:

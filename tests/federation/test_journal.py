@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedfuse.federation import deploy, tickets
 from fedfuse.federation.journal import JOURNAL, Journal, replay
 from fedfuse.federation.metrics import exposition, serving
 from fedfuse.federation.observer import RoundRecord, RunInfo, Silent
-from fedfuse.federation.processes import Follower, free_port
+from fedfuse.federation.processes import Follower, free_port, wait_until
 from fedfuse.federation.serverfile import ServerFile, equip_server
 from fedfuse.federation.superlink import SuperLink
 
@@ -145,6 +146,29 @@ def test_two_server_apps_are_never_at_work_in_one_folder(
     assert not tickets.is_conducted(run)  # the lock went with its process
     with tickets.alone(run):
         pass
+
+
+def test_a_server_app_does_not_outlive_what_started_it(tmp_path: Path) -> None:
+    """Also where it hangs: in the signal by which Flower would end it, for example."""
+    run = tmp_path / "run"
+    child = (
+        "import time; from pathlib import Path; from fedfuse.federation import tickets\n"
+        "tickets._ORPHAN_S = 0.3\n"
+        f"with tickets.alone(Path({str(run)!r})), tickets.no_orphan():\n"
+        "    print('in', flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import subprocess, sys\n"
+        f"with subprocess.Popen([sys.executable, '-c', {child!r}]) as child:\n    child.wait()"
+    )
+    words = [sys.executable, "-c", parent]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"in\n"
+        time.sleep(1.0)
+        assert tickets.is_conducted(run)
+        process.kill()
+        wait_until(lambda: not tickets.is_conducted(run), 20, "it lives on")
 
 
 def test_figures_are_those_of_the_run_folders(link: SuperLink) -> None:

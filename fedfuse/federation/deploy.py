@@ -113,11 +113,12 @@ def follow(
 
 def _outcome(link: SuperLink, run: Path, last: Mapping[str, Any]) -> Mapping[str, Any]:
     if last["status"] != "finished":
-        resume = f"; go on with: fedfuse server run {link.server.folder} --resume {run.name}"
+        begun = (run / "config.toml").exists()
+        again = f"; go on with: fedfuse server run {link.server.folder} --resume {run.name}"
         error = FedfuseError(
             str(last.get("problem", "the run was stopped")),
             where=str(last.get("where") or run),
-            hint=f"{last.get('hint') or f'see {link.server.log}'}{resume}",
+            hint=f"{last.get('hint') or f'see {link.server.log}'}{again if begun else ''}",
         )
         error.exit_code = int(last.get("code") or 130)
         raise error

@@ -91,7 +91,11 @@ def test_the_error_that_ended_a_run_ends_its_follower(link: SuperLink) -> None:
     with pytest.raises(FedfuseError, match="few nodes") as caught:
         deploy.follow(link, deploy.Started(run, 7, lines), Watch())
     assert caught.value.exit_code == 7
-    assert "--resume r" in str(caught.value)
+    assert "--resume" not in str(caught.value)  # it had not begun
+    (run / "config.toml").touch()
+    lines = Follower(run / JOURNAL, start=True)
+    with pytest.raises(FedfuseError, match="--resume r") as caught:
+        deploy.follow(link, deploy.Started(run, 7, lines), Watch())
 
 
 def test_a_run_that_was_stopped_ends_its_follower_as_ctrl_c_does(link: SuperLink) -> None:

@@ -17,6 +17,7 @@ from fedfuse.federation.node import new_trainer
 from fedfuse.federation.rounds import job_of
 from fedfuse.federation.settle import settle
 from fedfuse.models.cost import Cost, cost_of
+from fedfuse.stacked import Member, Stacked, together
 from fedfuse.tasks import Task
 from fedfuse.train import Records
 
@@ -39,13 +40,22 @@ def federated(config: RunConfig, prepared: Prepared, sets: Mapping[str, Records]
     trainer = new_trainer(config, prepared.schema)
     task = Task.of(prepared.schema.target, config.model)
     nodes = [prepared.node(number) for number in range(len(prepared.shards))]
-    weights = trainer.weights()
+    weights, stack = trainer.weights(), Stacked(trainer)
+    count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     for round in range(1, config.train.rounds + 1):
         job = job_of(config, settled.mechanism, round)
         updates = []
-        for node in nodes:
+        size = together(job, count, len(nodes)) if stack.takes(nodes[0], job) else 1
+        for first in range(0, len(nodes), size):
+            members = [
+                Member(records=node, weights=weights, secret=secrets.token_bytes(32))
+                for node in nodes[first : first + size]
+            ]
+            if size > 1:
+                updates += [ended for _, ended in stack.run(members, job)]
+                continue
             trainer.load(weights)
-            trainer.run(node, job, secret=secrets.token_bytes(32))
+            trainer.run(members[0].records, job, secret=members[0].secret)
             updates.append(trainer.weights())
         weights = {
             name: np.mean([update[name] for update in updates], axis=0, dtype=np.float64).astype(

@@ -105,6 +105,9 @@ class FederationConfig:
     engine: str = "loopback"
     workers: int = 0
     """Worker processes of the loopback engine. 0: one for each core, or for each GPU."""
+    together: int = 0
+    """How many nodes a worker trains as one program (see stacked.py). 0: as many as pay, from the
+    sizes of model and batch; 1: one after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,6 +394,7 @@ def _check(config: RunConfig) -> None:
         ("federation.compression_keep", federation.compression_keep, 1e-6, 1),
         ("federation.min_nodes", federation.min_nodes, 1, 1_000_000),
         ("federation.round_timeout_s", federation.round_timeout_s, 0.1, 1e7),
+        ("federation.together", federation.together, 0, 64),
         ("federation.workers", federation.workers, 0, 1024),
     ):
         if not low <= number <= high:

@@ -6,7 +6,7 @@ A real node's is in `forward`: it only carries messages to the node's vault.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from fedfuse.config import RunConfig
 from fedfuse.data.prepare import fingerprint_of
 from fedfuse.errors import ConfigError
 from fedfuse.federation.books import Books, LedgerBooks, StateBooks
-from fedfuse.federation.node import Site, answer, refusal
+from fedfuse.federation.node import Site, answers, refusal
 from fedfuse.federation.policy import Policy
+from fedfuse.federation.wire import TrainReply
 from fedfuse.privacy.ledger import Ledger
 from fedfuse.privacy.spec import Event
 
-__all__ = ["WORKER_VARIABLE", "make_client_app"]
+__all__ = ["WORKER_VARIABLE", "SimulatedApp", "make_client_app"]
 
 WORKER_VARIABLE = "FEDFUSE_WORKER"
 """Set in each worker process to its number."""
@@ -42,19 +43,38 @@ def make_client_app(
              before a resume
     ledgers  by partition: the file of each node's ledger
     """
-    app = ClientApp()
     opening = dict(history or {})
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        try:
-            site = _site(config, store, context)
-            reply = answer(message.content, site, _books(site, context, opening, ledgers))
-        except Exception as error:
-            reply = refusal(error, f"id-{context.node_id}")
-        return Message(reply.to_record(), reply_to=message)
+    def train(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+        replies: list[TrainReply | None] = [None] * len(asked)
+        ready = {}
+        for place, (message, context) in enumerate(asked):
+            try:
+                site = _site(config, store, context)
+                ready[place] = message.content, site, _books(site, context, opening, ledgers)
+            except Exception as error:
+                replies[place] = refusal(error, f"id-{context.node_id}")
+        for place, reply in zip(ready, answers(list(ready.values())), strict=True):
+            replies[place] = reply
+        return [
+            Message(reply.to_record(), reply_to=message)
+            for reply, (message, _) in zip(replies, asked, strict=True)
+            if reply is not None
+        ]
 
-    return app
+    return SimulatedApp(train)
+
+
+class SimulatedApp(ClientApp):
+    """A ClientApp that can also answer for several nodes at once, so that they train together."""
+
+    def __init__(self, train: Callable[[Sequence[tuple[Message, Context]]], list[Message]]) -> None:
+        super().__init__()
+        self.together = train
+
+        @self.train()
+        def alone(message: Message, context: Context) -> Message:
+            return train([(message, context)])[0]
 
 
 def _site(config: RunConfig, store: str, context: Context) -> Site:

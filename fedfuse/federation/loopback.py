@@ -2,13 +2,14 @@
 
 No sockets, no Ray. The workers live as long as the grid, so a model is built once in each. What all
 nodes get in a round is laid once in memory that all workers map; large replies come back the same
-way. Tasks go to whichever worker is free, several at a time where they are short, and a reply is
-passed on as soon as it is there, so that nothing of it needs to be kept. A node's state stays with
-the parent, and goes along with each task, so it does not matter which worker answers.
+way. Tasks go to whichever worker is free, several at a time where they are short or where nodes
+train together, and a reply is passed on as soon as it is there, so that nothing of it needs to be
+kept. A node's state stays with the parent, and goes along with each task, so it does not matter
+which worker answers.
 
-A worker that dies takes one task with it: that node's reply is an error, the tasks behind it go to
-others, and a new worker takes its place. One that is still busy when the time is up is stopped, so
-that no stale work goes on.
+A worker that dies takes with it the task that it was at, or the group of them that it had begun:
+those nodes' replies are errors, the tasks behind go to others, and a new worker takes its place.
+One that is still busy when the time is up is stopped, so that no stale work goes on.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class _Worker:
     """Which content it has been told of."""
     tasks: deque[Message] = field(default_factory=deque)
     """What it has been given and has not answered, in order."""
+    groups: deque[int] = field(default_factory=deque)
+    """How many of them are answered in one go: the first ones, the next ones, and so on."""
     sheets: tuple[Sheet, ...] = ()
     """Where its large replies lie."""
     since: float = 0.0
@@ -102,6 +105,7 @@ class LoopbackGrid(MessageGrid):
 
     make_app   makes a worker's ClientApp; it is pickled
     nodes      the settings of each node, in order
+    together   how many nodes train together where there are enough
     on_reply   called with the node's id and its reply, as soon as that is there
     """
 
@@ -111,10 +115,13 @@ class LoopbackGrid(MessageGrid):
         nodes: Sequence[UserConfig],
         *,
         workers: int = 0,
+        together: int = 1,
         on_reply: OnReply | None = None,
         log: str = "",
     ) -> None:
         take_identity()
+        self._together = together
+        self._group = 1
         self._make_app = make_app
         self._nodes = nodes
         self._fresh = pickle.dumps(RecordDict())
@@ -232,6 +239,7 @@ class LoopbackGrid(MessageGrid):
         end = None if timeout is None else time.monotonic() + timeout
         self._waiting.extend(self._outbox)
         self._outbox = []
+        self._group = max(1, min(self._together, math.ceil(len(self._waiting) / self._count)))
         try:
             while self._waiting or any(worker.tasks for worker in self._workers):
                 for worker in list(self._workers):
@@ -251,24 +259,28 @@ class LoopbackGrid(MessageGrid):
     def _hand_out(self, worker: _Worker) -> None:
         """Tops up what `worker` has to do. The fewer tasks are left, the fewer at a time, so that
         all workers end together (Polychronopoulos and Kuck 1987, guided self-scheduling)."""
-        share = math.ceil(len(self._waiting) / (4 * self._count))
-        most = max(1, min(share, int(_AHEAD_S / self._task_s), _MOST_AHEAD))
+        if grouped := self._group > 1:
+            most = self._group
+        else:
+            share = math.ceil(len(self._waiting) / (4 * self._count))
+            most = max(1, min(share, int(_AHEAD_S / self._task_s), _MOST_AHEAD))
         if worker.tasks and len(worker.tasks) > most // 2:
             return
         request = self._request_of(self._waiting[0])
         if worker.tasks and worker.content != request.number:
             return  # it may still read what it has
-        given = self._next(most - len(worker.tasks), request)
+        given = self._next(most if grouped else most - len(worker.tasks), request)
         if not worker.tasks:
             worker.since = time.monotonic()
         worker.tasks.extend(given)
+        worker.groups.extend([len(given)] if grouped else [1] * len(given))
         try:
             if worker.content != request.number:
                 worker.pipe.send(("content", request.packed))
                 reduction.send_handle(worker.pipe, request.sheet.descriptor, worker.process.pid)
                 worker.content = request.number
             tasks = [self._task(message) for message in given]
-            worker.pipe.send(("tasks", tasks))
+            worker.pipe.send(("tasks", tasks, grouped))
         except (BrokenPipeError, ConnectionResetError):
             worker.ready = False  # what it said before it died is read first
 
@@ -320,6 +332,9 @@ class LoopbackGrid(MessageGrid):
                 if state is not None:
                     self._states[node] = state
                 self._clock(worker)
+                worker.groups[0] -= 1
+                if not worker.groups[0]:
+                    worker.groups.popleft()
                 yield self._reply(worker, worker.tasks.popleft(), answer)
                 if isinstance(answer, tuple):
                     # Where it has died meanwhile, the next look at its pipe tells.
@@ -341,11 +356,12 @@ class LoopbackGrid(MessageGrid):
         return reply
 
     def _lost(self, worker: _Worker) -> Iterator[Message]:
-        """A worker died: the task it was at is answered with an error, the others go back, and
+        """A worker died: what it had begun is answered with an error, the others go back, and
         another worker takes its place."""
-        task = worker.tasks.popleft() if worker.tasks else None
+        begun = [worker.tasks.popleft() for _ in range(worker.groups[0] if worker.groups else 0)]
         self._waiting.extendleft(reversed(worker.tasks))
         worker.tasks.clear()
+        worker.groups.clear()
         if not worker.sheets:  # it never was ready
             self._false_starts += 1
         if self._false_starts >= _FALSE_STARTS:
@@ -356,7 +372,7 @@ class LoopbackGrid(MessageGrid):
                 "the run folder's log may tell more",
             )
         self._replace(worker)
-        if task is not None:
+        for task in begun:
             yield self._reply(worker, task, Error(FAILED, _DIED))
 
     def _replace(self, worker: _Worker) -> None:

@@ -27,6 +27,7 @@ from fedfuse.federation.ledgers import check_ledgers, open_ledgers
 from fedfuse.federation.loopback import LoopbackGrid, worker_count
 from fedfuse.federation.observer import Observer
 from fedfuse.federation.pinning import pin
+from fedfuse.federation.rounds import job_of
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
@@ -36,6 +37,7 @@ from fedfuse.privacy.advice import NOISE_LIMIT
 from fedfuse.privacy.planner import Terms
 from fedfuse.privacy.spec import Event, Unit
 from fedfuse.runfolder import RunFolder
+from fedfuse.stacked import together
 
 __all__ = ["simulate"]
 
@@ -167,10 +169,18 @@ def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool)
         make_client,
         nodes,
         workers=_workers(session),
+        together=_together(session),
         on_reply=session.on_reply,
         log=str(session.folder.log),
     ) as grid:
         server(grid, Context(RUN_ID, SERVER_ID, {}, RecordDict(), {}))
+
+
+def _together(session: Session) -> int:
+    """How many nodes a worker trains as one program."""
+    asked = session.config.federation.together
+    job = job_of(session.config, session.mechanism, 1)
+    return asked or together(job, session.parameters, len(session.nodes))
 
 
 def _prepare(config: RunConfig, temporary: Path, *, fingerprints: bool) -> Prepared:

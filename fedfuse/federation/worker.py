@@ -4,14 +4,16 @@ Between parent and worker go tuples, pickled, over a pipe that only these two ho
 they lie in shared memory (see `shared`), whose descriptor goes over the pipe once.
 
     parent -> worker   ("content", packed), descriptor    what all nodes get in a round
-                       ("tasks", [(metadata, state, config), ...])    whose content came before
+                       ("tasks", [(metadata, state, config), ...], together)    whose content
+                                                      came before; `together`: in one go
                        ("free", place)                a reply was read: its sheet may be written on
     worker -> parent   ("ready",), two descriptors    where large replies lie
                        ("state", node, state)         books that must outlive a crash
                        ("done", node, answer, state)  state None: as it was
 
 An answer is a record, or where it is large (place, packed), or an Error. Tasks are answered in
-their order. The pipe ends when the parent does, however it dies, and then the worker ends too.
+their order, also those in one go. The pipe ends when the parent does, however it dies, and then
+the worker ends too.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
 import torch
-from flwr.app import Error, Metadata, RecordDict, UserConfig
+from flwr.app import Error, Message, Metadata, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 
 from fedfuse.federation.books import DurableContext
-from fedfuse.federation.client import WORKER_VARIABLE
+from fedfuse.federation.client import WORKER_VARIABLE, SimulatedApp
 from fedfuse.federation.flower import RUN_ID, received, take_identity
 from fedfuse.federation.shared import Packed, Sheet
 from fedfuse.federation.wire import record_bytes
@@ -72,7 +74,8 @@ class _Worker:
     def __init__(self, pipe: Connection, app: ClientApp) -> None:
         self._pipe = pipe
         self._app = app
-        self._tasks: deque[Task] = deque()
+        self._tasks: deque[list[Task]] = deque()
+        """In groups that are answered in one go."""
         self._request: tuple[Sheet, Packed] | None = None
         self._sheets = [Sheet() for _ in range(REPLY_SHEETS)]
         self._free = set(range(REPLY_SHEETS))
@@ -84,7 +87,7 @@ class _Worker:
         while True:
             while not self._tasks:
                 self._hear()
-            self._answer(*self._tasks.popleft())
+            self._answer(self._tasks.popleft())
 
     def _hear(self) -> None:
         match self._pipe.recv():
@@ -92,17 +95,35 @@ class _Worker:
                 if self._request is not None:
                     self._request[0].close()
                 self._request = Sheet(reduction.recv_handle(self._pipe)), packed
-            case ("tasks", tasks):
-                self._tasks.extend(tasks)
+            case ("tasks", tasks, together):
+                self._tasks.extend([tasks] if together else [[task] for task in tasks])
             case ("free", place):
                 self._free.add(place)
 
-    def _answer(self, metadata: Metadata, state: bytes, config: UserConfig) -> None:
-        """Runs the app on its own copy of the content and of the node's state."""
+    def _answer(self, tasks: list[Task]) -> None:
+        """Runs the app on its own copy of the content and of each node's state."""
+        asked = [self._asked(task) for task in tasks]
+        try:
+            if len(asked) > 1 and isinstance(self._app, SimulatedApp):
+                replies = self._app.together(asked)
+            else:
+                replies = [self._app(message, context) for message, context in asked]
+        except Exception as error:
+            # The class alone: the text of an unforeseen error may quote a record.
+            logging.getLogger("fedfuse.node").warning("%s", error, exc_info=error)
+            failure = Error(FAILED, type(error).__name__)
+            replies = [Message(failure, reply_to=message) for message, _ in asked]
+        for reply, (_, context), (metadata, state, _) in zip(replies, asked, tasks, strict=True):
+            answer = reply.error if reply.has_error() else self._packed(reply.content)
+            after = pickle.dumps(context.state)
+            changed = None if after == state else after
+            self._pipe.send(("done", metadata.dst_node_id, answer, changed))
+
+    def _asked(self, task: Task) -> tuple[Message, DurableContext]:
+        metadata, state, config = task
         node = metadata.dst_node_id
         assert self._request is not None
         sheet, packed = self._request
-        message = received(sheet.get(packed), metadata)
         context = DurableContext(
             run_id=RUN_ID,
             node_id=node,
@@ -110,16 +131,7 @@ class _Worker:
             state=pickle.loads(state),
             keep=lambda books: self._pipe.send(("state", node, pickle.dumps(books))),
         )
-        answer: Answer
-        try:
-            reply = self._app(message, context)
-            answer = reply.error if reply.has_error() else self._packed(reply.content)
-        except Exception as error:
-            # The class alone: the text of an unforeseen error may quote a record.
-            logging.getLogger("fedfuse.node").warning("%s", error, exc_info=error)
-            answer = Error(FAILED, type(error).__name__)
-        after = pickle.dumps(context.state)
-        self._pipe.send(("done", node, answer, None if after == state else after))
+        return received(sheet.get(packed), metadata), context
 
     def _packed(self, record: RecordDict) -> Answer:
         if record_bytes(record) < _LARGE:

@@ -70,9 +70,9 @@ def read_graph(path: Path, sha256: str = "") -> Graph:
             raise OSError
         raw = path.read_bytes()
         lines = raw.decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError):
         raise DataError(
-            f"cannot be read ({type(error).__name__})",
+            "is no file that can be read as text",
             where=str(path),
             hint="model.knowledge names a file of lines: head, tab, relation, tab, tail",
         ) from None

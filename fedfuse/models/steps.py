@@ -105,4 +105,4 @@ class SoundSteps(StepsEncoder):
 def real_steps(x: Tensor) -> Tensor:
     """(B, T, F) -> (B, T) bool: the steps up to the last one that is not zero throughout, as
     decoders leave what comes after a record's end."""
-    return x.ne(0).any(2).flip(1).cummax(1).values.flip(1)
+    return x.ne(0).any(2).flip(1).cumsum(1).gt(0).flip(1)

@@ -44,7 +44,7 @@ class Frames(nn.Module):
             inner, side = out, -(-side // stride)
         self.convolutions = nn.Sequential(*layers)
         grid = min(2, side)
-        self.pool = nn.AdaptiveAvgPool3d((None, grid, grid))
+        self.pool = nn.AdaptiveAvgPool2d(grid)
         self.register_buffer("rows", cosines(height, config.video_terms), persistent=False)
         self.register_buffer("columns", cosines(width, config.video_terms), persistent=False)
         self.width = inner * grid * grid + channels * len(self.rows) * len(self.columns)
@@ -52,9 +52,12 @@ class Frames(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What is seen in each frame."""
         x = as_clip(x)
-        seen = self.pool(self.convolutions(x.transpose(1, 2))).transpose(1, 2).flatten(2)
+        h = self.convolutions(x.transpose(1, 2))  # (B, W, T, H, W)
+        # Frame by frame in two dimensions: ONNX knows no pooling of three to a given size.
+        grid = self.pool(h.flatten(0, 1)).unflatten(0, h.shape[:2])
+        seen: Tensor = grid.transpose(1, 2).flatten(2)
         if not len(self.rows):
-            return seen  # type: ignore[no-any-return]
+            return seen
         return torch.cat([seen, frame_terms(x, self.rows, self.columns)], 2)
 
 

@@ -73,7 +73,7 @@ def _within(axes: Axes, content: Content, values: Array) -> None:
         case Kind.AUDIO:
             _map(axes, values, origin="lower")
             axes.set_xlabel("frame")
-            axes.set_ylabel("mel band")
+            axes.set_ylabel("band")
         case Kind.SERIES:
             _map(axes, values.T, origin="lower")
             axes.set_xlabel("time step")

@@ -146,7 +146,6 @@ def explain(
     found = read_records(trained.reading, manifest, skip_bad=skip_bad)
     count = min(records, len(found.dataset))
     pool = found.dataset.batch(np.arange(min(_POOL, len(found.dataset))))
-    names = trained.reading.schema.names
     explanations = tuple(
         _explanation(trained, found, number, _without(pool, number), of) for number in range(count)
     )
@@ -154,7 +153,7 @@ def explain(
         records=found,
         explanations=explanations,
         training=trained.statement,
-        exact=len(names) <= shapley.MOST_EXACT or all(not one.errors for one in explanations),
+        exact=not any(one.errors for one in explanations),
     )
 
 

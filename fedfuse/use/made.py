@@ -44,7 +44,7 @@ def _content(channel: Channel, count: int, generator: torch.Generator) -> Tensor
             ids = torch.randint(1, vocabulary, shape, generator=generator)
             length = torch.randint(0, shape[1] + 1, (count, 1), generator=generator)
             return torch.where(torch.arange(shape[1]) < length, ids, 0)
-        case Kind.IMAGE:
+        case Kind.IMAGE | Kind.VIDEO:
             return torch.rand(shape, generator=generator)
         case _:
             return torch.randn(shape, generator=generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedfuse.errors import FederationError
 from fedfuse.federation.books import DurableContext
+from fedfuse.federation.client import SimulatedApp
 from fedfuse.federation.flower import SERVER_ID, received, take_identity, with_id
 from fedfuse.federation.loopback import LoopbackGrid, threads_of, worker_count
 
@@ -204,6 +205,49 @@ def test_tasks_behind_one_that_dies_go_to_others() -> None:
         assert sorted(replies) == list(range(1, 61))
         again = ask(nodes)
         assert {n: said(reply, "count") for n, reply in again.items()} == dict.fromkeys(again, 3)
+
+
+def make_group() -> ClientApp:
+    """Answers for several nodes in one go, and says for how many; dies where one of them is to."""
+
+    def together(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+        replies = []
+        for message, context in asked:
+            order = message.content.config_records["config"]
+            if isinstance(context, DurableContext):
+                context.state["begun"] = ConfigRecord({"yes": True})
+                context.keep()
+            told = ConfigRecord({"group": len(asked), "pid": os.getpid()})
+            replies.append(Message(RecordDict({"config": told}), reply_to=message))
+        if any(order.get("die") == context.node_id for _, context in asked):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replies
+
+    return SimulatedApp(together)
+
+
+def grouped(nodes: int) -> LoopbackGrid:
+    settings = [{"partition-id": index} for index in range(nodes)]
+    return LoopbackGrid(make_group, settings, workers=2, together=8)  # type: ignore[arg-type]
+
+
+def test_nodes_are_asked_together_where_there_are_enough() -> None:
+    with grouped(20) as nodes:
+        groups = {n: said(reply, "group") for n, reply in ask(nodes).items()}
+        assert sorted(groups) == list(range(1, 21))
+        assert set(groups.values()) == {8, 4}
+    with grouped(6) as nodes:
+        assert {said(reply, "group") for reply in ask(nodes).values()} == {3}
+
+
+def test_a_worker_that_is_killed_costs_the_group_that_it_had_begun() -> None:
+    with grouped(20) as nodes:
+        replies = ask(nodes, die=2)
+        lost = [n for n, reply in replies.items() if reply.has_error()]
+        assert lost == list(range(1, 9))
+        assert sorted(replies) == list(range(1, 21))
+        # What they put in safety before it died is still there: nothing is spent unseen.
+        assert all(nodes.state(n)["begun"] for n in lost)
 
 
 def test_who_wants_no_more_replies_leaves_no_stale_work() -> None:

@@ -192,6 +192,24 @@ def test_the_same_noise_seed_gives_the_same_model(make_config: MakeConfig, tmp_p
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("unit", ["record", "none"])
+def test_nodes_that_train_together_end_as_they_would_alone(
+    make_config: MakeConfig, tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(privacy__unit=unit)
+    found = []
+    for together in (0, 1):
+        folder = tmp_path / str(together)
+        each = config.with_values({"federation.together": together, "federation.workers": 1})
+        simulate(each, folder, observer=Silent())
+        run = RunFolder.open(folder)
+        found.append((run.model()[0], [(e.node, e.status, e.round) for e in run.events()]))
+    (stacked, first), (alone, second) = found
+    assert sorted(first) == sorted(second)
+    for name, value in alone.items():
+        np.testing.assert_allclose(stacked[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_finished_or_another_run_is_not_resumed(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -16,7 +16,11 @@ def test_random_sequences_never_overspend_or_forget_and_tampering_shows() -> Non
     SEEN.clear()
     explore(100)
     assert SEEN["sequences"] >= 100
-    assert {f"seen: {claim}" for claim in CLAIMS} <= set(SEEN)  # each was tried
+    claims, number = {f"seen: {claim}" for claim in CLAIMS}, 0
+    while not claims <= set(SEEN) and number < 5:  # which ones come up changes with Hypothesis
+        number += 1
+        explore(30, number=number)
+    assert claims <= set(SEEN)  # each was tried
     assert SEEN["kill"] > 10
 
 

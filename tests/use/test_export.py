@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,16 +18,26 @@ import onnxruntime
 import pytest
 import torch
 
+from fedfuse.batch import Kind, Target, TargetKind
 from fedfuse.cli import main
-from fedfuse.data.reading import read_records
+from fedfuse.data.audio import AudioSpec
+from fedfuse.data.columns import Source
+from fedfuse.data.declaration import DeclaredModality
+from fedfuse.data.image import ImageSpec
+from fedfuse.data.reading import Channel, Reading, read_records
+from fedfuse.data.series import SeriesSpec
+from fedfuse.data.text import TextSpec
+from fedfuse.data.video import VideoSpec
 from fedfuse.errors import ModelError, UsageError
-from fedfuse.models.spec import ENCODERS, FUSIONS
+from fedfuse.models.model import build_model
+from fedfuse.models.spec import ENCODERS, FUSIONS, EncoderConfig, ModelConfig
 from fedfuse.use import export as exporting
 from fedfuse.use import onnxfile
 from fedfuse.use.export import LIMIT, compare, export
 from fedfuse.use.made import made_records, patterns
-from fedfuse.use.onnxfile import open_onnx
+from fedfuse.use.onnxfile import feed, input_names, open_onnx, session_of
 from fedfuse.use.predict import predict
+from fedfuse.use.tracing import Plain, onnx_of, tensors, trace
 from fedfuse.use.trained import open_trained
 from tests.use.conftest import Made
 from tests.use.runs import TARGETS, write_data, write_run
@@ -213,7 +224,7 @@ def test_every_pattern_of_absent_modalities_is_made() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_operator_with_encoders_and_targets_in_turn(fusion: str, tmp_path: Path) -> None:
-    place = FUSIONS.index(fusion)
+    place = list(FUSIONS).index(fusion)
     target = list(TARGETS)[place % 4]
     manifest = write_data(tmp_path / "data", target, 24)
     settings: dict[str, object] = {"data.text_tokens": 4}
@@ -242,3 +253,52 @@ def test_all_kinds_at_once(made: Make, tmp_path: Path) -> None:
     assert max(one.largest for one in done.differences.values()) <= LIMIT
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     assert [one.name for one in session.get_outputs()] == ["logits", "value"]
+
+
+@pytest.mark.slow
+def test_the_example_for_a_device_runs_as_it_stands(made: Make, tmp_path: Path) -> None:
+    export(open_trained(made("classes").run), tmp_path / "model.onnx")
+    text = (Path(__file__).parents[2] / "docs" / "use.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    check = "\nassert abs(probabilities.sum() - 1) < 1e-5\n"
+    subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", range(3))
+def test_every_encoder_of_every_kind(place: int) -> None:
+    """The first encoders of all kinds in one model, then the second ones, then the third."""
+    kinds: dict[str, Any] = {
+        "image": ImageSpec(size=12, channels=3),
+        "audio": AudioSpec(rate=8000, seconds=0.1, bands=8, frames=6),
+        "video": VideoSpec(frames=3, size=12, channels=1),
+        "series": SeriesSpec(steps=6, features=2),
+        "text": TextSpec(tokens=4, vocabulary=32),
+    }
+    assert set(kinds) == set(ENCODERS)
+    reading = Reading(
+        channels=tuple(
+            Channel(
+                source=Source(
+                    name=name,
+                    kind=Kind(name),
+                    columns=(name,),
+                    declared=DeclaredModality(name=name),
+                ),
+                spec=spec,
+                scale=None,
+            )
+            for name, spec in kinds.items()
+        ),
+        target=Target(kind=TargetKind.CLASSIFICATION, classes=("a", "b", "c")),
+    )
+    chosen = {name: names[min(place, len(names) - 1)] for name, names in ENCODERS.items()}
+    config = ModelConfig(dim=8, encoder=EncoderConfig(**chosen))
+    model = build_model(reading.schema, config, vocabulary=32).eval()
+    batch, plain = made_records(reading), Plain(model, reading.schema)
+    data = onnx_of(trace(plain, batch), plain, input_names(reading), {})
+    session = session_of(data)
+    with torch.inference_mode():
+        expected = plain(*tensors(batch))
+    for got, true in zip(session.run(None, feed(batch)), expected, strict=True):
+        assert np.abs(got - true.numpy()).max() <= LIMIT

@@ -29,7 +29,6 @@ __all__ = ["LOCAL", "Certificate", "issue", "make_authority"]
 LOCAL = ("localhost", "127.0.0.1", "::1")
 """In every certificate: the SuperLink's own processes on its machine check it too."""
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
-SOON_DAYS = 30
 _BACK = datetime.timedelta(hours=1)
 """Valid from a little before now: clocks differ."""
 

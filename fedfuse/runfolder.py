@@ -5,6 +5,7 @@
     events.jsonl        the books: a line for each node and round, and every line counts
     heads.jsonl         where nodes keep ledgers: the last line's hash of each, round by round
     run.id              drawn at random: nodes' ledgers tell runs apart by it
+    progress.jsonl      of a real run: what happened when, for whoever watches it
     reserved.json       only while a round runs: its events, which count from its beginning
     model.safetensors   the released weights
     model.toml          what is needed to build the model around them
@@ -138,24 +139,25 @@ class RunFolder:
 
     def events(self) -> list[Event]:
         """All that counts as spent, a round in progress included."""
-        return [*self._booked(), *self.reserved()]
+        return [*self.booked(), *self.reserved()]
 
     def reserved(self) -> list[Event]:
         """The events of the round in progress, or of one that was cut off, not yet in the books."""
         if not (self.path / _RESERVED).exists():
             return []
         tree = self._json(_RESERVED)
-        booked = {(event.node, event.round) for event in self._booked()[int(tree["after"]) :]}
+        booked = {(event.node, event.round) for event in self.booked()[int(tree["after"]) :]}
         events = [self._event(line, _RESERVED) for line in tree["events"]]
         return [event for event in events if (event.node, event.round) not in booked]
 
     def _count(self) -> int:
         """How many lines the books have. Read once: a run is the only one that writes them."""
         if self._lines_booked is None:
-            self._lines_booked = len(self._booked())
+            self._lines_booked = len(self.booked())
         return self._lines_booked
 
-    def _booked(self) -> list[Event]:
+    def booked(self) -> list[Event]:
+        """What is entered in the books: of rounds that ended, or were broken off."""
         return [self._event(line, _EVENTS) for line in self._lines(_EVENTS)]
 
     def summary(self) -> dict[str, Any] | None:
@@ -218,6 +220,13 @@ class RunFolder:
         self._lines_booked = before + len(lines)
         with _telling(self.path):
             (self.path / _RESERVED).unlink(missing_ok=True)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Enters under its own name what a node spent before that name was known."""
+        lines = list(self._lines(_EVENTS))
+        if any(line["node"] in names for line in lines):
+            named = [line | {"node": names.get(line["node"], line["node"])} for line in lines]
+            self._replace(_EVENTS, _jsonl(named))
 
     def append_heads(self, heads: Iterable[Mapping[str, Any]]) -> None:
         """Notes which line each node's ledger ended with: {"round", "node", "ledger", "head"}."""

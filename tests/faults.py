@@ -353,6 +353,17 @@ FAULTS = (
     ),
     Fault(
         line=7,
+        name="one-node-under-two-names",
+        file="fedfuse/federation/session.py",
+        old="        if found:\n            self.folder.rename(found)",
+        new="        if False:\n            self.folder.rename(found)",
+        tests=(
+            "tests/federation/test_simulate.py::"
+            "test_what_is_broken_off_before_a_node_told_its_name_counts_as_that_nodes",
+        ),
+    ),
+    Fault(
+        line=7,
         name="crash-not-spent",
         file="fedfuse/privacy/tally.py",
         old="            self._spend(entry, entry.mechanism)",

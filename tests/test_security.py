@@ -18,12 +18,13 @@ DEPLOY = ROOT / "docs" / "deploy"
 
 
 def test_each_defence_names_a_test_that_is_there() -> None:
-    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    pages = ("docs/security.md", "docs/deploy/network.md")
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
     tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", text))
     assert len(named) > 15
     assert {name for name in named if f"def {name}(" not in tests} == set()
-    for path in re.findall(r"`(tests/[\w/.]+)`", text):
+    for path in re.findall(r"`(tests/[\w/.]+)[`:]", text):
         assert (ROOT / path).exists(), path
 
 

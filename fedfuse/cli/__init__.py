@@ -1,6 +1,6 @@
 """The command line: `fedfuse simulate`, `fedfuse predict`, `fedfuse explain`, `fedfuse export`,
-`fedfuse plan`, `fedfuse data`, `fedfuse models`, `fedfuse check`, `fedfuse node`, `fedfuse ledger`,
-`fedfuse report`, `fedfuse doctor`.
+`fedfuse plan`, `fedfuse data`, `fedfuse models`, `fedfuse check`, `fedfuse node`, `fedfuse server`,
+`fedfuse ledger`, `fedfuse report`, `fedfuse doctor`.
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 unexpected, 2 to 8 the error classes
 of `fedfuse.errors`, 130 interrupted. Torch, Flower and numpy are loaded inside the commands, so
@@ -30,6 +30,7 @@ from fedfuse.cli import (
     plan,
     predict,
     report,
+    server,
     simulate,
 )
 from fedfuse.errors import FedfuseError
@@ -73,6 +74,7 @@ app.add_typer(data.app, name="data")
 app.command("models")(models.models)
 app.command("check")(check.check)
 app.add_typer(node.app, name="node")
+app.add_typer(server.app, name="server")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(report.app, name="report")
 app.command("doctor")(doctor.doctor)

@@ -110,7 +110,7 @@ def simulate(
         config, run = _resumed(resume, flags, out), resume
     else:
         config = configuration(flags)
-        run = out or _fresh_folder(config.name)
+        run = out or fresh_folder(config.name, Path("runs"))
     _run(
         config,
         run,
@@ -148,7 +148,7 @@ def _run(
         _say_what_is_saved(config, run)
         raise typer.Exit(130) from None
     finally:
-        _draw(run)
+        draw(run)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     elif quiet:
@@ -175,10 +175,10 @@ def _resumed(run: Path, flags: Flags, out: Path | None) -> RunConfig:
     return RunFolder.open(run).config()
 
 
-def _fresh_folder(name: str) -> Path:
-    """A folder under runs/ that does not exist yet, named after the run and the time."""
+def fresh_folder(name: str, runs: Path) -> Path:
+    """A folder in `runs` that does not exist yet, named after the run and the time."""
     stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    first = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    first = runs / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, count = first, 1
     while path.exists():
         count += 1
@@ -206,7 +206,7 @@ def _with_data(config: RunConfig, demo_dir: Path | None) -> RunConfig:
     return config.with_values({"data.manifest": str(manifest.absolute())})
 
 
-def _draw(run: Path) -> None:
+def draw(run: Path) -> None:
     """The run's curves, as far as it came. A picture that fails costs a line, never the run."""
     if not (run / "metrics.jsonl").is_file():
         return

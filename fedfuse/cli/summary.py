@@ -18,6 +18,7 @@ FILES = {
     "metrics.jsonl": "one line a round",
     "events.jsonl": "the books: what each node spent in each round",
     "heads.jsonl": "what each node's ledger ended with, round by round",
+    "progress.jsonl": "what happened when",
     "model.safetensors": "the trained weights",
     "model.toml": "what they are the weights of",
     "reading.json": "how a record is read for them: fedfuse predict uses it",

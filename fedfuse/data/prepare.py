@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -67,13 +68,26 @@ class Prepared:
         """Stores all of it in `folder`, readable by its owner only, for `open_node`."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        self.train.save(folder / "train")
+        if self.shards:
+            self.train.save(folder / "train")
+            fingerprints = self.node_fingerprints or ("",) * len(self.shards)
+            _write_nodes(folder, self.shards, fingerprints)
         if len(self.test):
             self.test.save(folder / "test")
         if self.valid is not None:
             self.valid.save(folder / "valid")
         self.reading.write(folder)
-        _write_nodes(folder, self.shards, self.node_fingerprints or ("",) * len(self.shards))
+
+    def replace(self, folder: Path) -> None:
+        """As `write`, in the place of what is there; whoever has opened that keeps it."""
+        fresh, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+        for left in (fresh, old):  # of one who was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self.write(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def open_node(folder: Path, number: int) -> tuple[str, Dataset]:
@@ -172,18 +186,18 @@ def open_split(folder: Path, split: str) -> Dataset:
 
 
 def prepare(
-    config: DataConfig, *, seed: int, fingerprints: bool = False, alone: bool = False
+    config: DataConfig, *, seed: int, fingerprints: bool = False, part: str = "all"
 ) -> Prepared:
     """The data set that `config` names. `seed` is the partition's.
 
     fingerprints  name each node's records by their content too, which reads every file once more
-    alone         all train records are those of one real node, whatever config.partition says; the
-                  other splits are the server's, and are left out
+    part          "node": the train records alone, which are those of one real node, whatever
+                  config.partition says; "server": the test and valid records alone
 
     Raises DataError where the manifest or a file is wrong (with config.skip_bad only where nothing
-    is left), or there are no train records or, unless `alone`, no test records.
+    is left), or there are no train or no test records among those that are meant.
     """
-    if alone:
+    if part != "all":
         config = replace(config, partition="iid", nodes=1)
     if not config.manifest:
         raise DataError("no manifest is named", where="data.manifest", hint="give its path")
@@ -202,9 +216,9 @@ def prepare(
     if errors and not config.skip_bad:
         raise refuse(errors, str(path))
     notes = list(layout.notes)
-    splits, reading = _split(layout, decoded, notes, alone)
+    splits, reading = _split(layout, decoded, notes, part)
     train = splits["train"]
-    shards = partition(train, config, seed)
+    shards = () if part == "server" else partition(train, config, seed)
     skipped = decoded.bad_rows if errors else 0
     shared, repeated = _shared_files(layout, decoded), _repeated(train.subjects)
     notes += _about(decoded, layout, config, splits, shards, skipped, shared, repeated)
@@ -225,11 +239,11 @@ def prepare(
 
 
 def _split(
-    layout: Layout, decoded: Decoded, notes: list[str], alone: bool
+    layout: Layout, decoded: Decoded, notes: list[str], part: str
 ) -> tuple[dict[str, Dataset], Reading]:
     """The three splits, normalised by what is public, and how any record is read like them."""
     splits = np.array(decoded.splits, dtype=np.str_)
-    needed = ("train",) if alone else ("train", "test")
+    needed = {"node": ("train",), "server": ("test",)}.get(part, ("train", "test"))
     for name in needed:
         if name not in decoded.splits:
             raise DataError(
@@ -237,8 +251,10 @@ def _split(
                 where=str(layout.manifest.path),
                 hint=f"the column split needs {' and '.join(needed)}",
             )
-    if alone:
+    if part == "node":
         splits[splits != "train"] = ""
+    elif part == "server":
+        splits[splits == "train"] = ""
     held = {name: decoded.target[splits == name].tolist() for name in ("valid", "test")}
     target = with_scale(layout.target, layout.manifest.declaration, held, notes)
     labels = coded_labels(decoded.target, target)

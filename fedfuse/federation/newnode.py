@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,16 +110,8 @@ def prepared_store(path: Path, manifest: Path, scenario: Path | None) -> Prepare
         )
     config = RunConfig() if scenario is None else RunConfig.from_toml(scenario)
     named = replace(config.data, manifest=str(manifest))
-    prepared = prepare(named, seed=config.seed, fingerprints=True, alone=True)
-    store = Path(settings.data.store)
-    fresh, old = store.with_name(f".{store.name}.new"), store.with_name(f".{store.name}.old")
-    for left in (fresh, old):  # of one who was killed
-        shutil.rmtree(left, ignore_errors=True)
-    prepared.write(fresh)
-    if store.exists():
-        store.rename(old)
-    fresh.rename(store)
-    shutil.rmtree(old, ignore_errors=True)
+    prepared = prepare(named, seed=config.seed, fingerprints=True, part="node")
+    prepared.replace(Path(settings.data.store))
     return prepared
 
 

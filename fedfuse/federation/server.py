@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import Context
@@ -13,22 +14,27 @@ from fedfuse.config import RunConfig
 from fedfuse.data.prepare import open_split
 from fedfuse.data.reading import open_reading
 from fedfuse.errors import ConfigError
-from fedfuse.federation.observer import Silent
+from fedfuse.federation.journal import Journal
 from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
 from fedfuse.federation.summary import summarise
+from fedfuse.federation.tickets import (
+    KEY_VARIABLE,
+    OUT_VARIABLE,
+    RUNS_VARIABLE,
+    STORE_VARIABLE,
+    alone,
+    folder_of,
+    no_orphan,
+)
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.runfolder import RunFolder
 
-__all__ = ["KEY_VARIABLE", "OUT_VARIABLE", "STORE_VARIABLE", "make_server_app", "serve"]
+__all__ = ["ENGINE", "make_server_app", "serve"]
 
-STORE_VARIABLE = "FEDFUSE_STORE"
-"""Where a real server's prepared test records lie."""
-OUT_VARIABLE = "FEDFUSE_OUT"
-"""A real server's run folder; one that holds an unfinished run is gone on with."""
-KEY_VARIABLE = "FEDFUSE_KEY"
-"""A real server's private key, in PEM: nodes answer servers whose public keys they know."""
+ENGINE = "superlink"
+"""What a real run says that it ran on."""
 
 
 def make_server_app(
@@ -46,31 +52,54 @@ def make_server_app(
         if conduct is not None:
             conduct(grid)
         else:
-            serve(grid, RunConfig.from_flat(context.run_config) if config is None else config)
+            serve(
+                grid,
+                RunConfig.from_flat(context.run_config) if config is None else config,
+                flower_run=context.run_id,
+            )
 
     return app
 
 
-def serve(grid: Grid, config: RunConfig) -> None:
+def serve(grid: Grid, config: RunConfig, *, flower_run: int = 0) -> None:
     """Conducts a run of real nodes. The server knows no record of theirs, and no count of them.
 
-    Raises ConfigError where what must be public is not declared.
+    flower_run: Flower's number of the run, where the folder is found by a ticket.
+
+    Raises ConfigError where what must be public is not declared, RunFolderError where nobody says
+    which folder the run is for, or another server app is at work in it.
     """
     store, out = os.environ.get(STORE_VARIABLE), os.environ.get(OUT_VARIABLE)
-    if not store or not out:
+    runs = os.environ.get(RUNS_VARIABLE)
+    if not store or not (out or runs):
         raise ConfigError(
-            f"{STORE_VARIABLE} and {OUT_VARIABLE} are not set",
+            f"{STORE_VARIABLE} and {RUNS_VARIABLE} are not set",
             where="environment",
-            hint="the first names the prepared test records, the second the run folder",
+            hint="`fedfuse server start` sets them: the prepared test records, the run folders",
         )
+    path = folder_of(Path(runs), flower_run) if runs else Path(str(out))
+    with alone(path), no_orphan() if runs else nullcontext():
+        journal = Journal(path)
+        try:
+            _serve(grid, config, path, Path(store), journal)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                journal.ended("failed", error)
+            else:
+                journal.ended("interrupted")
+            raise
+        journal.ended("finished")
+
+
+def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Journal) -> None:
     check_pinned(config)
     key = os.environ.get(KEY_VARIABLE)
     signer = SigningKey.load(Path(key)) if key else None
     settled = settle(config, mean_records=None)
-    test = open_split(Path(store), "test")
-    has_valid = (Path(store) / "valid").is_dir()
-    resume = (Path(out) / "config.toml").exists()
-    folder = RunFolder.create(Path(out), config, resume=resume)
+    test = open_split(store, "test")
+    has_valid = (store / "valid").is_dir()
+    resume = (path / "config.toml").exists()
+    folder = RunFolder.create(path, config, resume=resume)
     session = Session(
         announced=config,
         config=settled.config,
@@ -78,21 +107,39 @@ def serve(grid: Grid, config: RunConfig) -> None:
         folder=folder,
         schema=test.schema,
         test=test,
-        valid=open_split(Path(store), "valid") if has_valid else None,
-        reading=open_reading(Path(store)),
-        observer=Silent(),
+        valid=open_split(store, "valid") if has_valid else None,
+        reading=open_reading(store),
+        observer=journal,
         key=signer,
         last=config.train.rounds,
     )
-    if resume:
-        session.resume()
-    status = "failed"
+    notes = session.resume() if resume else ()
+    connected = tuple(f"node {node}" for node in sorted(grid.get_node_ids()))
+    journal.prepared(
+        session.info(
+            engine=ENGINE, nodes=connected, workers=1, assumptions=settled.assumptions, notes=notes
+        )
+    )
+    status, problem = "finished", ""
     try:
-        session.conduct(grid)
-        status = "finished"
+        if session.first <= session.last:
+            session.conduct(grid)
+    except Exception as error:
+        status, problem = "failed", str(error)
+        raise
+    except BaseException:  # Flower ends a run that is stopped by SystemExit
+        status = "interrupted"
+        raise
     finally:
         session.abandon()
         session.release()
         folder.write_summary(
-            summarise(session, status=status, assumptions=settled.assumptions, notes=())
+            summarise(
+                session,
+                status=status,
+                problem=problem,
+                assumptions=settled.assumptions,
+                notes=notes,
+                engine=ENGINE,
+            )
         )

@@ -24,7 +24,7 @@ from fedfuse.federation.checking import check_trainer
 from fedfuse.federation.features import with_features
 from fedfuse.federation.gathering import Mean
 from fedfuse.federation.node import new_trainer
-from fedfuse.federation.observer import Observer, RoundRecord
+from fedfuse.federation.observer import Observer, RoundRecord, RunInfo
 from fedfuse.federation.released import describe
 from fedfuse.federation.rounds import Outcome, expected_batch, federate, job_of
 from fedfuse.federation.spending import Spent
@@ -118,6 +118,8 @@ class Session:
             self._strategy.restore(dict(checkpoint.strategy))
             self.first, self.done = done + 1, done
             self.seconds = float(checkpoint.extra.get("seconds", 0.0))
+            told = checkpoint.extra.get("names", {})
+            self.names |= {int(node): str(name) for node, name in told.items()}
             if self.mechanism is not None and "clip_norm" in checkpoint.extra:
                 self.mechanism = replace(
                     self.mechanism, clip_norm=float(checkpoint.extra["clip_norm"])
@@ -138,6 +140,36 @@ class Session:
                 )
             self.last = done + left
         return tuple(notes)
+
+    def info(
+        self,
+        *,
+        engine: str,
+        nodes: tuple[str, ...],
+        workers: int,
+        assumptions: tuple[str, ...],
+        notes: tuple[str, ...],
+    ) -> RunInfo:
+        """What is known before the first round that is left."""
+        privacy, mechanism = self.config.privacy, self.mechanism
+        return RunInfo(
+            name=self.config.name,
+            engine=engine,
+            workers=workers,
+            device=self.device,
+            nodes=nodes,
+            rounds=self.last,
+            first_round=self.first,
+            parameters=self.parameters,
+            private=mechanism is not None,
+            epsilon=privacy.epsilon if mechanism else None,
+            delta=privacy.delta if mechanism else None,
+            sigma=mechanism.noise_multiplier if mechanism else None,
+            sample_rate=mechanism.sample_rate if mechanism else None,
+            expected_batch=expected_batch(self.config),
+            assumptions=assumptions,
+            notes=notes,
+        )
 
     def conduct(self, grid: Grid) -> None:
         """Runs the rounds that are left."""
@@ -200,6 +232,7 @@ class Session:
         self._weights = aggregate.weights
         self._trainer.load(aggregate.weights)
         metrics = evaluate(self._trainer.model, self.test, self.task, device=self._trainer.device)
+        self._settle_names(outcome)
         events = self._spent(outcome)
         self.spent.add(events)
         heads = [
@@ -232,6 +265,14 @@ class Session:
         self.folder.end_round(events, _row(self.record), self._checkpoint(outcome.round))
         self.done = outcome.round
         self.observer.round_finished(self.record)
+
+    def _settle_names(self, outcome: Outcome) -> None:
+        """What was broken off before a node had told its name is that node's."""
+        named = {outcome.asked[node]: self.names.get(node, "") for node in outcome.asked}
+        found = {old: new for old, new in named.items() if new and new != old}
+        if found:
+            self.folder.rename(found)
+            self.spent = Spent(self.folder.booked())
 
     def release(self) -> None:
         """Writes the model as it stands after the last finished round."""
@@ -321,6 +362,7 @@ class Session:
             weights=self._weights,
             strategy=self._strategy.state(),
             extra={"seconds": self.seconds}
+            | ({} if self.nodes else {"names": {str(n): name for n, name in self.names.items()}})
             | ({"clip_norm": self.mechanism.clip_norm} if self.mechanism else {}),
         )
 

@@ -25,9 +25,9 @@ from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.ledgers import check_ledgers, open_ledgers
 from fedfuse.federation.loopback import LoopbackGrid, worker_count
-from fedfuse.federation.observer import Observer, RunInfo
+from fedfuse.federation.observer import Observer
 from fedfuse.federation.pinning import pin
-from fedfuse.federation.rounds import expected_batch, job_of
+from fedfuse.federation.rounds import job_of
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import settle
@@ -110,7 +110,15 @@ def simulate(
                 notes += session.resume()
             notes += session.remarks + _hopeless(session)
             session.featured(open_split(store, "train"))  # once here, not in each worker
-            observer.prepared(_info(session, assumptions, notes))
+            observer.prepared(
+                session.info(
+                    engine=config.federation.engine,
+                    nodes=names,
+                    workers=_workers(session),
+                    assumptions=assumptions,
+                    notes=notes,
+                )
+            )
             status, problem = "finished", ""
             try:
                 _run(session, store, books, verbose=verbose)
@@ -237,29 +245,6 @@ def _workers(session: Session) -> int:
 
         gpus = torch.cuda.device_count()
     return worker_count(asked, len(session.nodes), gpus)
-
-
-def _info(session: Session, assumptions: tuple[str, ...], notes: tuple[str, ...]) -> RunInfo:
-    config, mechanism = session.config, session.mechanism
-    privacy = config.privacy
-    return RunInfo(
-        name=config.name,
-        engine=config.federation.engine,
-        workers=_workers(session),
-        device=session.device,
-        nodes=session.nodes,
-        rounds=session.last,
-        first_round=session.first,
-        parameters=session.parameters,
-        private=mechanism is not None,
-        epsilon=privacy.epsilon if mechanism else None,
-        delta=privacy.delta if mechanism else None,
-        sigma=mechanism.noise_multiplier if mechanism else None,
-        sample_rate=mechanism.sample_rate if mechanism else None,
-        expected_batch=expected_batch(config),
-        assumptions=assumptions,
-        notes=notes,
-    )
 
 
 def _hopeless(session: Session) -> tuple[str, ...]:

@@ -27,8 +27,9 @@ def summarise(
     notes: tuple[str, ...],
     fingerprint: str = "",
     problem: str = "",
+    engine: str = "",
 ) -> dict[str, Any]:
-    """`status` is "finished", "interrupted" or "failed"."""
+    """`status` is "finished", "interrupted" or "failed". `engine`: empty is the configuration's."""
     task, config = session.task, session.config
     rows = session.folder.metrics()
     metrics = {
@@ -40,7 +41,7 @@ def summarise(
         **({"problem": problem} if problem else {}),
         "name": config.name,
         "fedfuse": __version__,
-        "engine": config.federation.engine,
+        "engine": engine or config.federation.engine,
         "strategy": config.federation.strategy,
         "device": session.device,
         "nodes": len(session.nodes) or len(session.names),

@@ -361,7 +361,7 @@ def _outcome(
     headline = headline if isinstance(headline, dict) else {}
     return Outcome(
         status=str(summary.get("status", "not finished")),
-        engine=config.federation.engine,
+        engine=str(summary.get("engine") or config.federation.engine),
         rounds=config.train.rounds,
         done=len(rows),
         headline=str(headline.get("name", "")),

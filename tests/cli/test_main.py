@@ -26,6 +26,8 @@ HEAVY = ("torch", "flwr", "numpy", "matplotlib", "ray", "opacus", "rich")
         (("explain", "--help"), "fedfuse explain runs/quickstart"),
         (("export", "--help"), "fedfuse export runs/quickstart --int8"),
         (("data", "--help"), "check"),
+        (("server", "--help"), "register"),
+        (("server", "run", "--help"), "fedfuse server run srv"),
         (("data", "check", "--help"), "fedfuse data check clinic/manifest.csv"),
         (("data", "demo", "--help"), "fedfuse data demo demo"),
         (("doctor", "--help"), "fedfuse doctor"),

@@ -111,7 +111,7 @@ def test_a_round_reads_no_line_of_the_rounds_before(
         raise AssertionError("the books are read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "_booked", never)
+        patch.setattr(RunFolder, "booked", never)
         folder.begin_round([event])
         folder.append_events([event] * 3)
         folder.begin_round([event])

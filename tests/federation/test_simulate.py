@@ -292,6 +292,46 @@ def test_a_server_that_knows_no_records_gives_the_same_model(
         serve(grid, undeclared)
 
 
+def test_what_is_broken_off_before_a_node_told_its_name_counts_as_that_nodes(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real server learns names from answers; the books must not know a node under two."""
+    config = make_config(privacy__declared_records=30, privacy__noise_seed="")
+    store, run = tmp_path / "store", tmp_path / "run"
+    prepare(config.data, seed=config.seed).write(store)
+    monkeypatch.setenv("FEDFUSE_STORE", str(store))
+    monkeypatch.setenv("FEDFUSE_OUT", str(run))
+
+    def broken(*words: object, **more: object) -> None:
+        raise RuntimeError("the power went off at clinic-a")
+
+    with LoopbackGrid(
+        partial(make_client_app, config, str(store)), [{"partition-id": i} for i in range(3)]
+    ) as grid:
+        with monkeypatch.context() as patch:
+            patch.setattr("fedfuse.federation.rounds.replies", broken)
+            with pytest.raises(RuntimeError, match="the power"):
+                serve(grid, config)
+        events = RunFolder.open(run).events()
+        assert sorted(event.node for event in events) == ["node 1", "node 2", "node 3"]
+        serve(grid, config)
+    summary = RunFolder.open(run).summary()
+    assert summary is not None
+    assert summary["engine"] == "superlink"
+    names = ["site-a", "site-b", "site-c"]
+    assert sorted(summary["privacy"]["epsilon_by_node"]) == names
+    for name in names:
+        states = [e.status for e in RunFolder.open(run).events() if e.node == name]
+        assert (states.count("reserved"), states.count("spent")) == (1, 3)
+    assert summary["privacy"]["steps"] == 4 * 2
+    told = (run / "progress.jsonl").read_text()
+    assert [line["status"] for line in map(json.loads, told.splitlines()) if "status" in line] == [
+        "failed",
+        "finished",
+    ]
+    assert "clinic-a" not in told  # of errors that are not ours, only the class
+
+
 def test_a_run_that_fails_says_why_and_keeps_what_is_done(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

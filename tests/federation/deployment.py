@@ -1,0 +1,97 @@
+"""A federation of real processes on one machine, by its operators' own commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+
+from fedfuse.federation.newnode import Equipment, equip, node_file, prepared_store
+from fedfuse.federation.processes import Process, environment, free_port, program
+from fedfuse.federation.serverdata import prepare_store
+from fedfuse.federation.serverfile import equip_server
+from fedfuse.federation.superlink import SuperLink
+from tests.federation.conftest import write_manifest
+
+SCENARIO = {
+    "name": "small",
+    "model": {"dim": 8, "head_width": 8, "vector_width": 8},
+    "train": {"rounds": 2, "local_steps": 2},
+    "privacy": {"declared_records": 30, "epsilon": 8.0},
+    "federation": {"min_nodes": 3},
+}
+
+
+def fedfuse(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """One command line, to its end, which must be `code`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fedfuse", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+class Federation:
+    """A server and three nodes that were made; nothing is started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.srv = folder, folder / "srv"
+        self.scenario = folder / "small.toml"
+        self.scenario.write_text(tomli_w.dumps(SCENARIO))
+        self.port = free_port()
+        server = equip_server(self.srv, hosts=["localhost"], port=self.port, bind="127.0.0.1")
+        self.link, self.public = SuperLink(server), server.key().public
+        head, *rows = write_manifest(folder).read_text().splitlines(keepends=True)
+        public = folder / "public.csv"
+        public.write_text("".join([head, *(row for row in rows if ",test," in row)]))
+        prepare_store(server, public, None)
+        self.nodes = [self._node(letter, head, rows) for letter in "abc"]
+
+    def _node(self, letter: str, head: str, rows: list[str]) -> Path:
+        node, own = self.folder / f"site-{letter}", self.folder / f"{letter}.csv"
+        own.write_text("".join([head, *(row for row in rows if f"train,{node.name}," in row)]))
+        equip(
+            node,
+            Equipment(
+                name=node.name,
+                unit="record",
+                max_epsilon=8.0,
+                delta=1e-5,
+                servers=(str(self.srv / "server.pub"),),
+                address=f"localhost:{self.port}",
+                ca=self.link.server.authority,
+                anchor=self.folder / f"anchor-{letter}",
+            ),
+        )
+        prepared_store(node_file(node), own, None)
+        return node
+
+    def start_node(self, node: Path) -> Process:
+        """Its vault and its SuperNode, by its operator's command."""
+        return Process(
+            [sys.executable, "-m", "fedfuse", "node", "start", str(node)],
+            environment=environment(node / "flower"),
+            folder=self.folder,
+            log=node.with_suffix(".log"),
+        )
+
+    def knock(self, folder: Path, trust: Sequence[object], port: int | None = None) -> Process:
+        """A SuperNode that is nobody's, started in `folder` with these words about trust."""
+        return Process(
+            [
+                program("flower-supernode"),
+                *map(str, trust),
+                *("--superlink", f"localhost:{port or self.port}"),
+                *("--host", "127.0.0.1", "--port", str(free_port())),
+            ],
+            environment=environment(folder),
+            folder=folder,
+            log=folder / "supernode.log",
+        )

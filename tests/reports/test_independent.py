@@ -104,7 +104,7 @@ def test_reports_agree_with_who_reads_the_file_without_fedfuse(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(20 if os.environ.get("FEDFUSE_ALL_LEDGERS") else 4))
+@pytest.mark.parametrize("block", range(20 if os.environ.get("FEDFUSE_ALL") else 2))
 def test_two_hundred_more_agree(
     block: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

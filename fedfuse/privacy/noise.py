@@ -72,8 +72,11 @@ class NoiseStream:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """(count,) float64 in [0, 1), 53 random bits each."""
-        words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
-        return np.asarray((words >> np.uint64(11)) * 2.0**-53)
+        return np.asarray((self.words(count) >> np.uint64(11)) * 2.0**-53)
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """(count,) whole numbers of 64 random bits."""
+        return np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8").astype(np.uint64)
 
     def normal(self, count: int, std: float) -> Tensor:
         """(count,) float64 normals of mean 0 and standard deviation `std`, on the CPU."""

@@ -1,0 +1,14 @@
+"""Sums of many nodes' vectors for a server that sees no single one: masks that cancel.
+
+    terms      what a run of the protocol is about, and whom its guarantee stands against
+    quantise   from updates to whole numbers modulo 2^32, with discrete noise, and back
+    keys       key agreement and sealed boxes
+    shares     secrets in shares, so that what a lost node would have said can be had from others
+    masks      the pseudo-random vectors that are added
+    messages   what goes between nodes and server
+    member     what a node does, and what it refuses
+    collector  what the server does
+
+Bonawitz et al. 2017 ("Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS),
+figure 4, with the steps that stand against a server that lies; see docs/adr/0011.
+"""

@@ -101,6 +101,10 @@ class FederationConfig:
     after the noise, so it takes nothing from the guarantee."""
     compression_keep: float = 0.1
     """The share of an update that "topk" keeps."""
+    secure_aggregation: bool = False
+    """Simulations with unit "node" or "none": updates travel under masks that cancel in the sum, so
+    that the server sees sums alone, see federation/masking. With unit "none" longer updates are cut
+    to privacy.clip_norm."""
     round_timeout_s: float = 3600.0
     engine: str = "loopback"
     workers: int = 0
@@ -453,6 +457,51 @@ def _check(config: RunConfig) -> None:
         )
     if privacy.unit == Unit.NODE:
         _check_node_unit(config)
+    if federation.secure_aggregation:
+        _check_secure_aggregation(config)
+
+
+def _check_secure_aggregation(config: RunConfig) -> None:
+    privacy, federation = config.privacy, config.federation
+    for wrong, what, hint in (
+        (
+            privacy.unit not in (Unit.NODE, Unit.NONE),
+            f'privacy.unit = "{privacy.unit}": its updates carry all their noise by themselves',
+            'take unit "node", or leave it out',
+        ),
+        (
+            privacy.unit == Unit.NODE and privacy.noise_by == "server",
+            'privacy.noise_by = "server": it cannot clip what it does not see',
+            'take privacy.noise_by = "nodes"',
+        ),
+        (
+            privacy.adaptive_clip,
+            "privacy.adaptive_clip: a node's count would travel without a mask",
+            "set privacy.adaptive_clip = false",
+        ),
+        (
+            federation.strategy != "fedavg",
+            f'federation.strategy = "{federation.strategy}"',
+            'take "fedavg"',
+        ),
+        (
+            federation.weighting != "equal",
+            f'federation.weighting = "{federation.weighting}": a sum of updates has no weights',
+            'take "equal"',
+        ),
+        (
+            federation.compression != "none",
+            f'federation.compression = "{federation.compression}": masks leave nothing to compress',
+            'take "none"',
+        ),
+        (
+            federation.engine != "loopback",
+            f'federation.engine = "{federation.engine}"',
+            'take "loopback"',
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"federation.secure_aggregation does not go with {what}", hint=hint)
 
 
 def _check_pretrained(config: RunConfig) -> None:

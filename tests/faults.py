@@ -56,6 +56,7 @@ NODE = "tests/federation/test_node.py::"
 HOSTILE = "tests/federation/test_hostile.py::"
 RELEASES = "tests/federation/test_releases.py::"
 ACCOUNT = "tests/privacy/test_accounting.py::"
+MASKING = "tests/federation/test_masking.py::"
 STACKED = "tests/test_stacked.py::"
 
 FAULTS = (
@@ -298,6 +299,52 @@ FAULTS = (
         old="purpose.encode(), key=secret",
         new='b"", key=secret',
         tests=(f"{NOISE}test_streams_differ_between_rounds_nodes_and_purposes",),
+    ),
+    Fault(
+        line=4,
+        name="discrete-noise-of-two-thirds",
+        file="fedfuse/federation/masking/quantise.py",
+        old="deviation(noise_multiplier * reach, noise_nodes)",
+        new="deviation(noise_multiplier * reach * 2 / 3, noise_nodes)",
+        tests=(f"{MASKING}test_the_sum_has_the_declared_noise_whoever_is_lost",),
+    ),
+    Fault(
+        line=4,
+        name="rounding-without-room",
+        file="fedfuse/federation/masking/quantise.py",
+        old="(self.reach - math.sqrt(self.length)) / self.clip_norm * (1 - 1e-9)",
+        new="self.reach / self.clip_norm",
+        tests=(f"{MASKING}test_no_rounded_update_is_longer_than_the_reach",),
+    ),
+    Fault(
+        line=5,
+        name="keys-of-masks-not-signed",
+        file="fedfuse/federation/masking/messages.py",
+        old="if not signing.verify(",
+        new="if not told and not signing.verify(",
+        tests=(
+            f"{MASKING}test_keys_that_the_server_made_up_in_a_nodes_name_are_refused",
+            f"{MASKING}test_an_announcement_of_another_run_is_refused",
+        ),
+    ),
+    Fault(
+        line=5,
+        name="survivors-not-compared",
+        file="fedfuse/federation/masking/member.py",
+        old="            if not signed_set(",
+        new="            if not signature and not signed_set(",
+        tests=(
+            f"{MASKING}test_a_server_that_tells_two_stories_of_who_is_left_gets_no_shares",
+            f"{MASKING}test_a_signature_for_other_keys_opens_nothing",
+        ),
+    ),
+    Fault(
+        line=5,
+        name="own-mask-left-out",
+        file="fedfuse/federation/masking/member.py",
+        old="        add_mask(masked, self._seed, +1)\n",
+        new="",
+        tests=(f"{MASKING}test_the_sum_is_exact_whoever_is_lost_and_when",),
     ),
     Fault(
         line=6,

@@ -17,6 +17,8 @@ from fedfuse.config import RunConfig
 from fedfuse.data.prepare import fingerprint_of
 from fedfuse.errors import ConfigError
 from fedfuse.federation.books import Books, LedgerBooks, StateBooks
+from fedfuse.federation.masking.conduct import MESSAGE_TYPE
+from fedfuse.federation.masking.roster import Roster
 from fedfuse.federation.node import Site, answers, refusal
 from fedfuse.federation.policy import Policy
 from fedfuse.federation.wire import TrainReply
@@ -35,6 +37,7 @@ def make_client_app(
     *,
     history: Mapping[int, Sequence[Event]] | None = None,
     ledgers: Sequence[str] = (),
+    roster: Roster | None = None,
 ) -> ClientApp:
     """The ClientApp of simulated nodes.
 
@@ -42,6 +45,7 @@ def make_client_app(
     history  of nodes without ledgers, by partition: what each has spent in the part of the run
              before a resume
     ledgers  by partition: the file of each node's ledger
+    roster   of nodes whose updates leave under masks
     """
     opening = dict(history or {})
 
@@ -50,7 +54,7 @@ def make_client_app(
         ready = {}
         for place, (message, context) in enumerate(asked):
             try:
-                site = _site(config, store, context)
+                site = _site(config, store, context, roster)
                 ready[place] = message.content, site, _books(site, context, opening, ledgers)
             except Exception as error:
                 replies[place] = refusal(error, f"id-{context.node_id}")
@@ -62,30 +66,57 @@ def make_client_app(
             if reply is not None
         ]
 
-    return SimulatedApp(train)
+    def stage(message: Message, context: Context) -> Message:
+        if roster is None:
+            raise ConfigError("this run shares no masks", where="federation.secure_aggregation")
+        seat = roster.seat(_index(context), config, context.state)
+        return Message(seat.answer(message.content), reply_to=message)
+
+    return SimulatedApp(train, stage)
 
 
 class SimulatedApp(ClientApp):
-    """A ClientApp that can also answer for several nodes at once, so that they train together."""
+    """A ClientApp that can also answer for several nodes at once, so that they train together.
 
-    def __init__(self, train: Callable[[Sequence[tuple[Message, Context]]], list[Message]]) -> None:
+    Stages of masks are answered one by one.
+    """
+
+    def __init__(
+        self,
+        train: Callable[[Sequence[tuple[Message, Context]]], list[Message]],
+        stage: Callable[[Message, Context], Message] | None = None,
+    ) -> None:
         super().__init__()
-        self.together = train
+        self._train_all, self._stage = train, stage
+        if stage is not None:
+            self.query()(stage)
 
         @self.train()
         def alone(message: Message, context: Context) -> Message:
             return train([(message, context)])[0]
 
+    def together(self, asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+        """The replies of several nodes to messages of one type."""
+        if self._stage is None or asked[0][0].metadata.message_type != MESSAGE_TYPE:
+            return self._train_all(asked)
+        return [self._stage(message, context) for message, context in asked]
 
-def _site(config: RunConfig, store: str, context: Context) -> Site:
+
+def _index(context: Context) -> int:
     index = context.node_config.get("partition-id")
     if not isinstance(index, int):
         raise ConfigError("the node's settings lack partition-id", where="node config")
+    return index
+
+
+def _site(config: RunConfig, store: str, context: Context, roster: Roster | None) -> Site:
+    index = _index(context)
     return Site(
         config=config,
         policy=Policy.of(config.privacy),
         store=Path(store),
         index=index,
+        seat=roster.seat(index, config, context.state) if roster is not None else None,
         worker=int(os.environ.get(WORKER_VARIABLE, "0")),
     )
 

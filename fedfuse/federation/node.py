@@ -38,6 +38,7 @@ from fedfuse.federation.books import Books
 from fedfuse.federation.checking import check_trainer
 from fedfuse.federation.compression import compress
 from fedfuse.federation.features import with_features
+from fedfuse.federation.masking.seat import Seat
 from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.policy import Policy, scrubbed
 from fedfuse.federation.wire import (
@@ -72,6 +73,8 @@ class Site:
     index: int
     name: str = ""
     """What servers call the node. Empty: as the prepared data does."""
+    seat: Seat | None = None
+    """Where updates leave under masks: the node's place among those that share them."""
     worker: int = 0
     """Which of several worker processes this is: it picks the GPU."""
 
@@ -169,6 +172,8 @@ def _answering(record: RecordDict, site: Site, books: Books) -> _Node:
         name = site.name or known
         _check_run(request, site.config)
         check_pinned(site.config)
+        if site.config.federation.secure_aggregation and site.seat is None:
+            raise PrivacyError("updates of this run leave under masks, and this node shares none")
         counts = site.config.federation.weighting == "examples"
         mechanism = site.policy.check(request, dataset.schema, counts=counts)
         if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:
@@ -186,22 +191,29 @@ def _answering(record: RecordDict, site: Site, books: Books) -> _Node:
             request.check_time()
             books.expose(name, request)
         dataset = with_features(dataset, trainer.model, trainer.device)
+        job, seat = request.job, site.seat
+        if seat is not None:  # clipped, but not noised: its noise is whole numbers
+            job = dataclasses.replace(job, noise_by="server")
+        secret = _secret(site, request, name)
         ran, trained = yield _Training(
             trainer=trainer,
-            job=request.job,
-            member=Member(records=dataset, weights=weights, secret=_secret(site, request, name)),
+            job=job,
+            member=Member(records=dataset, weights=weights, secret=secret),
             subjects=dataset.subject_numbers() if _by_subject(request) else None,
         )
         if ran.signal_to_noise:
             told = ", ".join(f"{part} {value:.3g}" for part, value in ran.signal_to_noise.items())
             _log.info("%s, round %d: signal to noise of a step: %s", name, round, told)
-        arrays = compress(
-            trained,
-            weights,
-            form=request.compression,
-            keep=request.compression_keep,
-            stream=NoiseStream(_secret(site, request, name), "compression"),
-        )
+        if seat is not None:
+            arrays = seat.masked(request, weights, trained, trainer.trainable, secret)
+        else:
+            arrays = compress(
+                trained,
+                weights,
+                form=request.compression,
+                keep=request.compression_keep,
+                stream=NoiseStream(secret, "compression"),
+            )
         if commit is not None and event is not None:
             commit()
             event = dataclasses.replace(event, status="spent")

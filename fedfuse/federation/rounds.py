@@ -20,6 +20,7 @@ from fedfuse.config import RunConfig, TrainConfig
 from fedfuse.errors import ConfigError, FederationError
 from fedfuse.federation.flower import replies
 from fedfuse.federation.gathering import Mean
+from fedfuse.federation.masking.conduct import MaskedRound
 from fedfuse.federation.strategy import Aggregate, GuardedStrategy
 from fedfuse.federation.wire import (
     TrainRequest,
@@ -33,6 +34,7 @@ from fedfuse.train import Job
 __all__ = ["Listener", "Outcome", "expected_batch", "federate", "job_of", "learning_rate"]
 
 _LOOK_S = 0.2
+MasksOf = Callable[[Grid, TrainRequest, dict[int, str], Weights], MaskedRound]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,7 @@ def federate(
     listener: Listener,
     connected: int = 1,
     mean_of: Callable[[Weights, int, int], Mean | None] = lambda weights, round, asked: None,
+    masks_of: MasksOf | None = None,
 ) -> None:
     """Runs the rounds `first` to `last`, from `weights`.
 
@@ -82,7 +85,8 @@ def federate(
 
     `ask`: from the round and the weights to what each node is asked. `names`: of nodes by number,
     completed here as they answer. `mean_of`: from the weights, the round and the number of nodes
-    asked to what aggregates a round with unit "node". `connected`: how many nodes to wait for
+    asked to what aggregates a round with unit "node". `masks_of`: to a round whose
+    updates come masked. `connected`: how many nodes to wait for
     before the first round.
     Raises FederationError where too few nodes come, or too few updates are good.
     """
@@ -95,20 +99,32 @@ def federate(
         nodes = [message.metadata.dst_node_id for message in messages]
         asked = {node: names.get(node, f"node {node}") for node in nodes}
         listener.round_starts(request, asked)
+        end = time.monotonic() + timeout
+        masks = masks_of(grid, request, asked, weights) if masks_of is not None else None
+        if masks is not None:
+            there = masks.prepare(end)
+            messages = [one for one in messages if one.metadata.dst_node_id in there]
         sent = _bytes_of(messages)
         gathering = strategy.gather(
             request,
             asked=asked,
             known=names,
-            template=template,
-            mean=mean_of(weights, round, len(asked)),
+            template=masks.template if masks else template,
+            mean=None if masks else mean_of(weights, round, len(asked)),
+            masked=masks,
         )
         received = 0
-        for reply in replies(grid, messages, timeout=timeout):
+        for reply in replies(grid, messages, timeout=max(end - time.monotonic(), 0.0)):
             if reply.has_content():
                 received += record_bytes(reply.content)
             gathering.take(reply)
+        if masks is not None:
+            masks.finish(time.monotonic() + timeout)
+            sent, received = sent + masks.bytes_sent, received + masks.bytes_received
         aggregate = strategy.conclude(gathering, template=template)
+        if masks is not None:
+            failures = aggregate.failures | masks.failures
+            aggregate = dataclasses.replace(aggregate, failures=dict(sorted(failures.items())))
         weights = aggregate.weights
         # A name counts once an update came under it; a node that fails may not know its own.
         names |= {n: reply.node for n, reply in aggregate.replies.items() if reply.status == "ok"}

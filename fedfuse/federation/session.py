@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,11 +18,15 @@ from fedfuse.config import RunConfig
 from fedfuse.conformal import Calibration
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.reading import Reading
+from fedfuse.errors import ConfigError
 from fedfuse.evaluate import evaluate, predict, slices
 from fedfuse.federation import spending
 from fedfuse.federation.checking import check_trainer
 from fedfuse.federation.features import with_features
 from fedfuse.federation.gathering import Mean
+from fedfuse.federation.masking.conduct import MESSAGE_TYPE, MaskedRound
+from fedfuse.federation.masking.seat import lattice_of
+from fedfuse.federation.masking.terms import Terms, threshold_for
 from fedfuse.federation.node import new_trainer
 from fedfuse.federation.observer import Observer, RoundRecord, RunInfo
 from fedfuse.federation.released import describe
@@ -73,6 +77,8 @@ class Session:
     last: int = 1
     key: SigningKey | None = None
     """Signs what nodes are asked."""
+    identities: Mapping[str, str] | None = None
+    """By name, the public keys of nodes whose updates come masked; None: no masks."""
     spent: Spent = field(default_factory=Spent)
     """What all nodes have reserved or spent so far."""
     names: dict[int, str] = field(default_factory=dict)
@@ -84,6 +90,11 @@ class Session:
     """What the check of the model found that is no danger to the promise."""
 
     def __post_init__(self) -> None:
+        if self.config.federation.secure_aggregation and self.identities is None:
+            raise ConfigError(
+                "federation.secure_aggregation = true, but only simulated nodes share masks",
+                hint="set it to false; with privacy.noise_nodes = 1 the server need not be trusted",
+            )
         self.task = Task.of(self.schema.target, self.config.model)
         self._trainer = new_trainer(self.config, self.schema)
         found = check_trainer(self._trainer, self.config, self.schema, self.mechanism)
@@ -185,6 +196,7 @@ class Session:
             listener=self,
             connected=len(self.nodes) or self.config.federation.min_nodes,
             mean_of=self._mean_of,
+            masks_of=self._masks_of if self.identities is not None else None,
         )
 
     def _ask(self, round: int, weights: Weights) -> TrainRequest:
@@ -217,6 +229,8 @@ class Session:
 
     def on_reply(self, node: int, message: Message) -> None:
         """Tells the observer of one node's reply as soon as it is there; nothing rests on it."""
+        if message.metadata.message_type == MESSAGE_TYPE:
+            return
         name, problem = self.names.get(node, f"node {node}"), None
         if message.has_error():
             problem = str(message.error.reason)
@@ -328,6 +342,36 @@ class Session:
             clip_norm=mechanism.clip_norm,
             noise_multiplier=mechanism.sum_noise if by_server else 0.0,
             stream=NoiseStream(round_secret(privacy.noise_seed, "the server", round), "noise"),
+        )
+
+    def _masks_of(
+        self, grid: Grid, request: TrainRequest, asked: dict[int, str], weights: Weights
+    ) -> MaskedRound:
+        """A round whose updates are known as a sum alone; with a promise its divisor is public."""
+        names = tuple(sorted(asked.values()))
+        federation = self.config.federation
+        terms = Terms(
+            request=request.request,
+            digest=request.digest,
+            nodes=names,
+            threshold=max(threshold_for(len(names)), federation.min_nodes),
+            length=self.parameters,
+        )
+        lattice = lattice_of(
+            request.job,
+            clip_norm=self.config.privacy.clip_norm,
+            length=terms.length,
+            nodes=len(names),
+        )
+        return MaskedRound(
+            grid,
+            terms,
+            lattice,
+            asked=asked,
+            identities=self.identities or {},
+            start=weights,
+            trained=self._trainer.trainable,
+            divisor=len(names) if self.mechanism is not None else 0,
         )
 
     def _adapt(self, outcome: Outcome) -> None:

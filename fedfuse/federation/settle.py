@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fedfuse.config import RunConfig
 from fedfuse.errors import ConfigError
+from fedfuse.federation.masking.terms import MOST_NODES, colluders, threshold_for
 from fedfuse.federation.pinning import declaration
 from fedfuse.federation.rounds import expected_batch
 from fedfuse.privacy.adaptive import count_noise_for
@@ -61,7 +62,7 @@ def settle(
         assumptions.append("which nodes were asked, and which answered, is public")
         if privacy.noise_by == "server":
             assumptions.append("the server is trusted: it sees the updates, and adds the noise")
-        elif privacy.noise_nodes > 1:
+        elif privacy.noise_nodes > 1 and not config.federation.secure_aggregation:
             assumptions.append(
                 f"the server looks at nothing but sums, and {privacy.noise_nodes} nodes in each "
                 "round add their share of the noise"
@@ -85,6 +86,27 @@ def settle(
         config=config,
         mechanism=mechanism,
         assumptions=tuple(assumptions),
+    )
+
+
+def masked_assumptions(config: RunConfig, nodes: int) -> tuple[str, ...]:
+    """What masks take as given, where `nodes` are connected. Raises ConfigError for too few."""
+    federation, privacy = config.federation, config.privacy
+    asked = max(federation.min_nodes, round(federation.fraction * nodes), 1)
+    if not 2 <= asked <= min(nodes, MOST_NODES):
+        raise ConfigError(
+            f"{asked} nodes are asked in a round, but masks need 2 to {min(nodes, MOST_NODES)}",
+            where="federation.secure_aggregation",
+            hint="take more nodes, or another federation.fraction",
+        )
+    threshold = max(threshold_for(asked), federation.min_nodes)
+    bad = colluders(asked, threshold, privacy.noise_nodes if config.private else 0)
+    noise = "each adds its share of the noise, and " if config.private else ""
+    return (
+        f"the server, though it may lie, sees only sums of {threshold} or more of the {asked} "
+        f"updates of a round, as long as it works together with at most {bad} of these nodes; "
+        f"{noise}they know each other's public keys by another way than the server",
+        "the masks are computationally secure: X25519, HKDF-SHA256, ChaCha20, Ed25519",
     )
 
 

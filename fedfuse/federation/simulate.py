@@ -25,12 +25,13 @@ from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.ledgers import check_ledgers, open_ledgers
 from fedfuse.federation.loopback import LoopbackGrid, worker_count
+from fedfuse.federation.masking.roster import Roster
 from fedfuse.federation.observer import Observer
 from fedfuse.federation.pinning import pin
 from fedfuse.federation.rounds import job_of
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
-from fedfuse.federation.settle import settle
+from fedfuse.federation.settle import masked_assumptions, settle
 from fedfuse.federation.summary import summarise
 from fedfuse.federation.warm import warm_up
 from fedfuse.privacy.advice import NOISE_LIMIT
@@ -82,10 +83,14 @@ def simulate(
             mean_records=sum(sizes) / len(sizes),
             mean_subjects=_subjects(prepared, config) / len(sizes),
         )
+        roster = None
         assumptions = settled.assumptions
         store = Path(temporary) / "store"
         prepared.write(store)
         names = tuple(shard.name for shard in prepared.shards)
+        if config.federation.secure_aggregation:
+            roster = Roster.drawn(names)
+            assumptions += masked_assumptions(config, len(names))
         schema, fingerprint, notes = prepared.schema, prepared.fingerprint, prepared.notes
         reading, has_valid = prepared.reading, prepared.valid is not None
         del prepared  # from here on it is memory-mapped
@@ -105,6 +110,7 @@ def simulate(
                 nodes=names,
                 last=config.train.rounds,
                 names=dict(enumerate(names, 1)) if loopback else {},
+                identities=roster.identities if roster is not None else None,
             )
             if resume:
                 notes += session.resume()
@@ -121,7 +127,7 @@ def simulate(
             )
             status, problem = "finished", ""
             try:
-                _run(session, store, books, verbose=verbose)
+                _run(session, store, books, roster, verbose=verbose)
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 problem = str(error)
@@ -141,7 +147,14 @@ def simulate(
         return summary
 
 
-def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool) -> None:
+def _run(
+    session: Session,
+    store: Path,
+    books: Sequence[Path],
+    roster: Roster | None,
+    *,
+    verbose: bool,
+) -> None:
     """Hands the session to the engine that the configuration names."""
     if session.first > session.last:
         return
@@ -149,7 +162,9 @@ def _run(session: Session, store: Path, books: Sequence[Path], *, verbose: bool)
     server = make_server_app(config, session.conduct)
     ledgers = tuple(str(path.absolute()) for path in books)
     history = {} if ledgers else _history(session)
-    make_client = partial(make_client_app, config, str(store), history=history, ledgers=ledgers)
+    make_client = partial(
+        make_client_app, config, str(store), history=history, ledgers=ledgers, roster=roster
+    )
     if config.federation.engine == "ray":
         from fedfuse.federation.ray import run_on_ray
 

@@ -148,15 +148,19 @@ class GuardedStrategy:
         template: Template,
         known: Mapping[int, str] | None = None,
         mean: Mean | None = None,
+        masked: Fold | None = None,
     ) -> Gathering:
         """What takes the replies to `request`, one by one.
 
         `asked`: what to call each node that was asked. `known`: the names that nodes answered by
         before. `mean`: makes one model of the updates before Flower's strategy goes on from it
-        (unit "node").
+        (unit "node"). `masked`: takes updates that only their sum tells something of; `template` is
+        then that of a masked update.
         """
         fold: Fold
-        if mean is not None:
+        if masked is not None:
+            fold = masked
+        elif mean is not None:
             fold = ByMean(mean)
         elif isinstance(self._inner, _NEED_ALL):
             fold = Everything()

@@ -94,6 +94,8 @@ def _privacy(session: Session) -> dict[str, Any]:
         if shared
         else ("the server, the other nodes and whoever gets the model")
     )
+    if session.config.federation.secure_aggregation:
+        whom = "a server that sees only sums, the other nodes and whoever gets the model"
     beyond = ""
     if shared:
         found = "there is no guarantee" if server is None else f"it is {accounting.shown(server)}"
@@ -129,6 +131,7 @@ def _privacy(session: Session) -> dict[str, Any]:
         "clip_shares": privacy.clip_shares,
         "noise_by": privacy.noise_by,
         "noise_nodes": privacy.noise_nodes,
+        "secure_aggregation": session.config.federation.secure_aggregation,
         "accountant": {
             "name": "PLD (dp-accounting), pessimistic",
             "version": _version("dp-accounting"),
@@ -155,6 +158,9 @@ def _views(session: Session, most: float) -> tuple[float | None, float, str]:
         return None, most, "the server adds the noise to each round's sum"
     sums = session.spent.of_model(privacy.noise_nodes)
     model = min(most, accounting.epsilon(sums, privacy.delta)) if sums else 0.0
+    if session.config.federation.secure_aggregation:
+        # Nodes that work together with the server may take off all noise but that of noise_nodes.
+        return most, model, "each round's sum carries the noise of all nodes that answered"
     own = max(
         (
             accounting.epsilon([_quieter(m, privacy.noise_nodes) for m in past], privacy.delta)

@@ -28,7 +28,15 @@ from numpy.typing import NDArray
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.summation import RunningSum
 
-__all__ = ["NoisyMean", "noisy_count", "noisy_mean", "private_update", "unclipped"]
+__all__ = [
+    "NoisyMean",
+    "clipped_vector",
+    "moved_by",
+    "noisy_count",
+    "noisy_mean",
+    "private_update",
+    "unclipped",
+]
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Update = dict[str, NDArray[np.float64]]
@@ -90,6 +98,26 @@ class NoisyMean:
 def unclipped(start: Arrays, end: Arrays, trained: Iterable[str], clip_norm: float) -> bool:
     """Whether the update is as long as it may be, or shorter: b_i of `adaptive`."""
     return _length(_update(start, end, trained)) <= clip_norm
+
+
+def clipped_vector(
+    start: Arrays, end: Arrays, trained: Iterable[str], clip_norm: float
+) -> NDArray[np.float64]:
+    """(d,) the clipped update, its weights one after the other by name; zero if not finite."""
+    update = _clipped(start, end, trained, clip_norm)
+    return np.concatenate([part.reshape(-1) for part in update.values()])
+
+
+def moved_by(
+    start: Arrays, trained: Iterable[str], vector: NDArray[np.float64]
+) -> dict[str, NDArray[np.generic]]:
+    """`start`, moved by a vector (d,) that is laid out as that of `clipped_vector`."""
+    update, place = {}, 0
+    for name in sorted(trained):
+        shape, size = start[name].shape, start[name].size
+        update[name] = vector[place : place + size].reshape(shape)
+        place += size
+    return _moved(start, update)
 
 
 def noisy_count(count: float, std: float, stream: NoiseStream) -> float:

@@ -94,10 +94,11 @@ def _laplace(count: int, t: int, stream: NoiseStream) -> Whole:
     while len(going):
         going = going[_coins(np.ones(len(going), np.uint64), 1, stream)]
         v[going] += 1
-    x = u.astype(np.int64) + t * v
+    x: Whole = u.astype(np.int64) + t * v
     negative = _below(stream, 2, len(x)) == 1
     x, negative = x[~(negative & (x == 0))], negative[~(negative & (x == 0))]
-    return np.where(negative, -x, x)
+    x[negative] *= -1
+    return x
 
 
 def _coins(over: NDArray[np.uint64], under: int, stream: NoiseStream) -> NDArray[np.bool_]:

@@ -230,7 +230,7 @@ def _run_accounts(config: RunConfig, events: Sequence[Event]) -> tuple[Account, 
         history = tuple((event.round, event.mechanism) for event in lines)
         reserved = sum(event.status != "spent" for event in lines)
         accounts.append(account("node", node, history, reserved, privacy.epsilon))
-        if _shared(config) and privacy.noise_nodes > 1:
+        if _alone(config):
             share = privacy.noise_nodes**-0.5
             alone = tuple(
                 (n, replace(m, noise_multiplier=m.noise_multiplier * share)) for n, m in history
@@ -270,7 +270,12 @@ def _run_statements(config: RunConfig, accounts: Sequence[Account]) -> tuple[Sta
         "the model shows sums over nodes, with the noise of all that answered; a node that took "
         "part knows its own share of it"
     )
-    shares = config.privacy.noise_nodes > 1
+    shares = _alone(config)
+    if config.federation.secure_aggregation:
+        own = (
+            "all releases of the node that spent most; the server sees sums alone, and of their "
+            f"noise the figure counts {config.privacy.noise_nodes} shares"
+        )
     loud = {a.name for a in accounts if a.role == "update"}
     alone = statement(SERVER, "update" if shares else "node", single if shares else own)
     if shares and any(a.name not in loud for a in accounts if a.role == "node"):
@@ -287,6 +292,12 @@ def _run_statements(config: RunConfig, accounts: Sequence[Account]) -> tuple[Sta
 def _shared(config: RunConfig) -> bool:
     """Whether the model shows sums that carry the noise of several nodes."""
     return config.privacy.unit == Unit.NODE and config.privacy.noise_by == "nodes"
+
+
+def _alone(config: RunConfig) -> bool:
+    """Whether somebody sees single updates that carry a share of the noise."""
+    masked = config.federation.secure_aggregation
+    return _shared(config) and config.privacy.noise_nodes > 1 and not masked
 
 
 def _dataset_statements(accounts: Sequence[Account]) -> tuple[Statement, ...]:

@@ -149,6 +149,13 @@ def _setting(facts: Facts) -> str:
             "single persons nor a central curator."
         )
     if privacy.noise_by == "nodes":
+        masked = facts.config.federation.secure_aggregation
+        sums = (
+            "and masks leave the server nothing but sums."
+            if masked
+            else "and on a server that looks at nothing but sums. What single updates tell is the "
+            "other figure."
+        )
         return (
             "Distributed: each node clips its update and adds "
             + (
@@ -157,8 +164,7 @@ def _setting(facts: Facts) -> str:
                 else f"a share of the noise, of which {privacy.noise_nodes} make the whole"
             )
             + " before it leaves. Sums over nodes carry the noise of all of them: the model's "
-            "figure rests on that, and on a server that looks at nothing but sums. What single "
-            "updates tell is the other figure."
+            f"figure rests on that, {sums}"
         )
     return (
         "Central: the server sees updates without noise, clips them, adds the noise and is trusted "

@@ -30,8 +30,8 @@ from fedfuse.federation.masking.terms import Terms, colluders, threshold_for
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.signing import SigningKey
 
-SENT = range(len(STAGES))
-"""A node that is lost at stage i answered all stages before it."""
+STEPS = tuple(stage for stage in STAGES if stage != "open")
+"""A node opens and masks in one go here. One lost at step i answered all steps before it."""
 
 
 class Round:
@@ -63,11 +63,11 @@ class Round:
         gone = lost or {}
 
         def there(stage: int) -> list[str]:
-            return [name for name in self.names if gone.get(name, len(STAGES)) > stage]
+            return [name for name in self.names if gone.get(name, len(STEPS)) > stage]
 
         steps: list[Callable[[], None]] = [self.announce, self.share, self.mask]
         steps += [self.agree, self.reveal]
-        for number, stage in enumerate(STAGES):
+        for number, stage in enumerate(STEPS):
             if stage == until:
                 return None
             self.there = there(number)
@@ -86,7 +86,8 @@ class Round:
     def mask(self) -> None:
         boxes = self.server.boxes()
         for name in self.there:
-            self.masked[name] = self.members[name].mask(boxes[name], self.vectors[name])
+            self.members[name].open(boxes[name])
+            self.masked[name] = self.members[name].mask(self.vectors[name])
             self.server.masked(name, self.masked[name])
 
     def agree(self) -> None:
@@ -116,7 +117,7 @@ def test_the_sum_is_exact_whoever_is_lost_and_when(data: st.DataObject) -> None:
     values = st.lists(st.integers(-(2**40), 2**40), min_size=24, max_size=24)
     for name in one.names:
         one.vectors[name] = np.array(data.draw(values), dtype=np.int64)
-    if sum(stage == len(STAGES) for stage in lost.values()) >= threshold:
+    if sum(stage == len(STEPS) for stage in lost.values()) >= threshold:
         left = [name for name, stage in lost.items() if stage > 2]
         np.testing.assert_array_equal(one.run(lost), one.plain(left))
     else:
@@ -124,7 +125,7 @@ def test_the_sum_is_exact_whoever_is_lost_and_when(data: st.DataObject) -> None:
             one.run(lost)
 
 
-@pytest.mark.parametrize("stage", SENT)
+@pytest.mark.parametrize("stage", range(len(STEPS)))
 def test_a_node_lost_at_any_stage_is_made_up_for(stage: int) -> None:
     one = Round(4)
     left = one.names if stage > 2 else one.names[1:]
@@ -140,7 +141,7 @@ def test_a_node_gives_one_share_of_each_other_and_answers_once() -> None:
         one.members["node-1"].reveal(one.server.signatures())
 
 
-@pytest.mark.parametrize("again", STAGES)
+@pytest.mark.parametrize("again", STEPS)
 def test_no_stage_is_answered_twice_and_a_refusal_ends_all(again: str) -> None:
     one = Round(4)
     one.run(until=again)
@@ -148,7 +149,8 @@ def test_no_stage_is_answered_twice_and_a_refusal_ends_all(again: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "announce": (),
         "share": ({},),
-        "mask": ({}, one.vectors["node-0"]),
+        "open": ({},),
+        "mask": (one.vectors["node-0"][1:],),
         "agree": ([],),
         "reveal": ({},),
     }
@@ -212,7 +214,7 @@ def test_a_changed_share_is_refused() -> None:
     boxes = one.server.boxes()["node-0"]
     boxes["node-1"] = flipped(boxes["node-1"], 5)
     with pytest.raises(WireError, match="changed on its way"):
-        one.members["node-0"].mask(boxes, one.vectors["node-0"])
+        one.members["node-0"].open(boxes)
 
 
 def test_a_share_for_somebody_else_is_refused() -> None:
@@ -221,7 +223,7 @@ def test_a_share_for_somebody_else_is_refused() -> None:
     boxes = one.server.boxes()
     boxes["node-0"]["node-1"] = boxes["node-2"]["node-1"]
     with pytest.raises(WireError, match="changed on its way"):
-        one.members["node-0"].mask(boxes["node-0"], one.vectors["node-0"])
+        one.members["node-0"].open(boxes["node-0"])
 
 
 def test_nodes_that_were_told_of_other_keys_have_nothing_to_do_with_each_other() -> None:
@@ -236,7 +238,7 @@ def test_nodes_that_were_told_of_other_keys_have_nothing_to_do_with_each_other()
     } | {"node-0": from_0["node-1"]}
     one.members["node-1"].share(whole)
     with pytest.raises(WireError, match="changed on its way"):
-        one.members["node-1"].mask(to_1, one.vectors["node-1"])
+        one.members["node-1"].open(to_1)
 
 
 def test_a_server_that_tells_two_stories_of_who_is_left_gets_no_shares() -> None:
@@ -292,7 +294,7 @@ def test_a_node_masks_with_nobody_where_too_few_are_there() -> None:
     one.run(until="mask")
     boxes = one.server.boxes()["node-0"]
     with pytest.raises(WireError, match="2, but 3 are needed"):
-        one.members["node-0"].mask(dict(list(boxes.items())[:1]), one.vectors["node-0"])
+        one.members["node-0"].open(dict(list(boxes.items())[:1]))
 
 
 def test_a_wrong_share_gives_no_sum() -> None:
@@ -445,6 +447,10 @@ def test_parts_cross_the_wire_and_nothing_else_does() -> None:
 # ---- updates on a lattice
 
 
+def steps_of(lattice: Lattice, values: np.ndarray, stream: NoiseStream) -> np.ndarray:
+    return lattice.whole(values, rounding=stream, noise=stream)
+
+
 def update(length: int, norm: float, seed: int = 0) -> np.ndarray:
     values = np.random.default_rng(seed).normal(size=length)
     return np.asarray(values * (norm / np.linalg.norm(values)))
@@ -456,7 +462,7 @@ def test_no_rounded_update_is_longer_than_the_reach(
     length: int, clip_norm: float, nodes: int, seed: int
 ) -> None:
     lattice = Lattice.of(clip_norm=clip_norm, length=length, nodes=nodes)
-    steps = lattice.whole(update(length, clip_norm, seed), NoiseStream(b"s" * 32, "noise"))
+    steps = steps_of(lattice, update(length, clip_norm, seed), NoiseStream(b"s" * 32, "noise"))
     assert sum(int(step) ** 2 for step in steps) <= lattice.reach**2
     assert nodes * lattice.reach < 2**31
 
@@ -464,7 +470,7 @@ def test_no_rounded_update_is_longer_than_the_reach(
 def test_rounding_is_unbiased() -> None:
     lattice = Lattice.of(clip_norm=1.0, length=40_000, nodes=100_0)
     value = np.full(40_000, 0.3 / lattice.scale)
-    steps = lattice.whole(value, NoiseStream(b"r" * 32, "noise"))
+    steps = steps_of(lattice, value, NoiseStream(b"r" * 32, "noise"))
     assert set(steps.tolist()) == {0, 1}
     assert abs(float(steps.mean()) - 0.3) < 4.5 * math.sqrt(0.3 * 0.7 / 40_000)
 
@@ -479,7 +485,7 @@ def test_the_sum_has_the_declared_noise_whoever_is_lost(lost: int) -> None:
     total = np.zeros(length, np.uint32)
     for i in range(n - lost):
         stream = NoiseStream(bytes([i]) * 32, "noise")
-        total += lattice.whole(np.zeros(length), stream).astype(np.uint32)
+        total += steps_of(lattice, np.zeros(length), stream).astype(np.uint32)
     declared = sigma * clip * math.sqrt((n - lost) / needed)
     ratio = float(np.square(lattice.real(total)).mean()) / declared**2
     more = 1 + 2 * lattice.coarseness
@@ -493,7 +499,7 @@ def test_an_update_survives_the_lattice_and_the_masks() -> None:
     one = Round(n, length=length)
     updates = {name: update(length, 1.0, i) for i, name in enumerate(one.names)}
     for i, name in enumerate(one.names):
-        one.vectors[name] = lattice.whole(updates[name], NoiseStream(bytes([i]) * 32, "noise"))
+        one.vectors[name] = steps_of(lattice, updates[name], NoiseStream(bytes([i]) * 32, "noise"))
     total = one.run({"node-1": 2})
     assert total is not None
     expected = sum(value for name, value in updates.items() if name != "node-1")
@@ -504,7 +510,7 @@ def test_an_update_survives_the_lattice_and_the_masks() -> None:
 def test_an_update_that_is_not_clipped_is_not_cut_into_steps(fault: float) -> None:
     lattice = Lattice.of(clip_norm=1.0, length=1, nodes=3)
     with pytest.raises(PrivacyError, match="must be clipped"):
-        lattice.whole(np.array([fault]), NoiseStream(b"s" * 32, "noise"))
+        steps_of(lattice, np.array([fault]), NoiseStream(b"s" * 32, "noise"))
 
 
 def test_a_lattice_that_would_be_too_coarse_is_refused() -> None:

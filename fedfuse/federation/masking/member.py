@@ -3,7 +3,8 @@
     announce  draws two key pairs and a seed for its own mask; signs the public keys
     share     of keys that their owners signed, t or more: shares its seed and its mask key, and
               seals a share of each for each of the others
-    mask      opens what the others sealed for it; adds its own mask, and one for each of them
+    open      opens what the others sealed for it
+    mask      adds its own mask, and one for each of those
     agree     signs who is left of those it masked with: itself among them, t or more
     reveal    once t of those who are left signed the same: for each node one share, of the seed
               if it is left, of the mask key if not
@@ -18,8 +19,10 @@ Not covered
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +81,52 @@ class Member:
         self._view = b""
         self._announced: dict[str, Announcement] = {}
         self._own_shares = b""
+        self._announcement = b""
         self._shares: dict[str, bytes] = {}
         self._left: frozenset[str] = frozenset()
+
+    @property
+    def terms(self) -> Terms:
+        """What this run of the protocol is about."""
+        return self._terms
+
+    def save(self) -> bytes:
+        """All that `load` needs, secrets included: it stays with the node."""
+        return json.dumps(
+            {
+                "terms": asdict(self._terms),
+                "next": self._next,
+                "secrets": [
+                    self._share_pair.secret.hex(),
+                    self._mask_pair.secret.hex(),
+                    self._seed.hex(),
+                ],
+                "own": [self._view.hex(), self._announcement.hex(), self._own_shares.hex()],
+                "announced": {n: a.pack().hex() for n, a in self._announced.items()},
+                "shares": {n: both.hex() for n, both in self._shares.items()},
+                "left": sorted(self._left),
+            }
+        ).encode()
+
+    @classmethod
+    def load(
+        cls, saved: bytes, name: str, key: SigningKey, identities: Mapping[str, str]
+    ) -> Member:
+        """The node where it was when it was saved."""
+        tree = json.loads(saved)
+        terms = Terms(**tree["terms"] | {"nodes": tuple(tree["terms"]["nodes"])})
+        member = cls(terms, name, key, identities)
+        share, mask, seed = map(bytes.fromhex, tree["secrets"])
+        member._share_pair, member._mask_pair, member._seed = KeyPair(share), KeyPair(mask), seed
+        view, announcement, own = map(bytes.fromhex, tree["own"])
+        member._view, member._announcement, member._own_shares = view, announcement, own
+        member._next = tree["next"]
+        member._announced = {
+            n: Announcement.unpack(bytes.fromhex(packed)) for n, packed in tree["announced"].items()
+        }
+        member._shares = {n: bytes.fromhex(both) for n, both in tree["shares"].items()}
+        member._left = frozenset(tree["left"])
+        return member
 
     def announce(self) -> bytes:
         """The node's announcement, packed."""
@@ -127,20 +174,25 @@ class Member:
         self._done("share")
         return boxes
 
-    def mask(self, boxes: Parts, steps: NDArray[np.int64]) -> Masked:
-        """`steps` (d,) modulo 2^32 under all masks; `boxes`: what others sealed for this node."""
-        self._begin("mask")
-        if steps.shape != (self._terms.length,):
-            raise WireError(f"a vector of {steps.size} numbers, but {self._terms.length} are due")
+    def open(self, boxes: Parts) -> None:
+        """Takes the `boxes` that others sealed for this node, by sender."""
+        self._begin("open")
         self._check_there({*boxes, self._name}, "boxes", of=self._announced)
         check_parts(boxes, names=set(boxes) - {self._name}, size=BOX_BYTES, what="boxes")
         self._shares = {
             node: unseal(self._box_key(node, self._name), box, self._view)
             for node, box in boxes.items()
         } | {self._name: self._own_shares}
+        self._done("open")
+
+    def mask(self, steps: NDArray[np.int64]) -> Masked:
+        """`steps` (d,) modulo 2^32 under this node's mask and those that it shares."""
+        self._begin("mask")
+        if steps.shape != (self._terms.length,):
+            raise WireError(f"a vector of {steps.size} numbers, but {self._terms.length} are due")
         masked = steps.astype(np.uint32)
         add_mask(masked, self._seed, +1)
-        for node in boxes:
+        for node in sorted(set(self._shares) - {self._name}):
             key = self._mask_pair.agreed(
                 self._announced[node].mask_key, purpose=MASK, context=self._view
             )

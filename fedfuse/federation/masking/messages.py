@@ -3,9 +3,10 @@
     stage     to a node                            from it
     announce  the terms                            an announcement
     share     everybody's announcements            a box with two shares for each of the others
-    mask      the boxes for it, by sender          its masked vector
+    open      the boxes for it, by sender          that it opened them
+    mask      what it is to compute                its masked vector
     agree     who sent one                         its signature of that
-    reveal    the signatures                       one share for each node of stage mask
+    reveal    the signatures                       one share for each node that shared
 
 Beside the vector a message is named byte strings of known lengths: `Parts`. It is read strictly.
 """
@@ -14,12 +15,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord
 
-from fedfuse.errors import WireError
+from fedfuse.errors import FederationError, WireError
 from fedfuse.federation.masking.keys import KEY_BYTES
 from fedfuse.federation.masking.shares import SHARE_BYTES
 from fedfuse.federation.masking.terms import Terms
@@ -37,11 +38,13 @@ __all__ = [
     "from_config",
     "sign_set",
     "signed_set",
+    "terms_from_config",
+    "terms_to_config",
     "to_config",
     "view_of",
 ]
 
-STAGES = ("announce", "share", "mask", "agree", "reveal")
+STAGES = ("announce", "share", "open", "mask", "agree", "reveal")
 SIGNATURE_BYTES = 64
 ANNOUNCEMENT_BYTES = 3 * KEY_BYTES + SIGNATURE_BYTES
 BOX_BYTES = 2 * SHARE_BYTES + 16
@@ -78,15 +81,20 @@ class Announcement:
         return self.share_key + self.mask_key + self.seed_hash + self.signature
 
     @classmethod
-    def read(cls, packed: bytes, terms: Terms, node: str, identity: str) -> Announcement:
-        """What `node`, whose public key is `identity`, signed for these terms. Raises WireError."""
+    def unpack(cls, packed: bytes) -> Announcement:
+        """What `pack` gave; its signature is not looked at."""
         fields = [packed[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in range(3)]
-        announced = cls(
+        return cls(
             share_key=fields[0],
             mask_key=fields[1],
             seed_hash=fields[2],
             signature=packed[3 * KEY_BYTES :],
         )
+
+    @classmethod
+    def read(cls, packed: bytes, terms: Terms, node: str, identity: str) -> Announcement:
+        """What `node`, whose public key is `identity`, signed for these terms. Raises WireError."""
+        announced = cls.unpack(packed)
         told = announced.signature.hex()
         if not signing.verify(identity, announced._body(terms, node), told, purpose=_ANNOUNCEMENT):
             raise WireError(
@@ -150,6 +158,38 @@ def from_config(config: Mapping[str, Any], stage: str, terms: Terms) -> dict[str
     if not all(type(part) is bytes for part in parts):
         raise WireError("parts must be bytes")
     return dict(zip(names, parts, strict=True))
+
+
+def terms_to_config(terms: Terms) -> ConfigRecord:
+    """`terms` as Flower carries them: what a node is told in stage "announce"."""
+    return ConfigRecord({"stage": "announce"} | asdict(terms) | {"nodes": list(terms.nodes)})
+
+
+def terms_from_config(config: Mapping[str, Any]) -> Terms:
+    """The terms in a message. Raises WireError where it is anything else."""
+    kinds = {
+        "stage": str,
+        "request": str,
+        "digest": str,
+        "nodes": list,
+        "threshold": int,
+        "length": int,
+    }
+    if {key: type(value) for key, value in config.items()} != kinds:
+        raise WireError("terms of masks must have their fields, and nothing else")
+    nodes = config["nodes"]
+    if not all(isinstance(node, str) and 0 < len(node) <= 200 for node in nodes):
+        raise WireError("terms of masks: nodes must be names")
+    try:
+        return Terms(
+            request=config["request"],
+            digest=config["digest"],
+            nodes=tuple(nodes),
+            threshold=config["threshold"],
+            length=config["length"],
+        )
+    except FederationError as error:
+        raise WireError(f"terms of masks: {error.what}") from None
 
 
 def _sets(view: bytes, shared: Collection[str], left: Collection[str]) -> bytes:

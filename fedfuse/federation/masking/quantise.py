@@ -93,17 +93,19 @@ class Lattice:
         """By what part noise is more than declared, since rounding takes of the reach."""
         return self.reach / (self.scale * self.clip_norm) - 1
 
-    def whole(self, update: NDArray[np.float64], stream: NoiseStream) -> NDArray[np.int64]:
-        """(d,) steps of an update (d,), rounded by chance and noised.
+    def whole(
+        self, update: NDArray[np.float64], *, rounding: NoiseStream, noise: NoiseStream
+    ) -> NDArray[np.int64]:
+        """(d,) steps of an update (d,), rounded by chance and noised: a stream for each.
 
         Raises PrivacyError where the update is longer than C, or not finite.
         """
         length = float(np.linalg.norm(update))
         if update.shape != (self.length,) or not length <= self.clip_norm * (1 + 1e-10):
             raise PrivacyError("an update must be clipped before it is cut into steps")
-        steps = np.floor(update * self.scale + stream.uniform(self.length)).astype(np.int64)
+        steps = np.floor(update * self.scale + rounding.uniform(self.length)).astype(np.int64)
         if self.sigma:
-            steps += discrete_gaussian(self.length, self.sigma, stream)
+            steps += discrete_gaussian(self.length, self.sigma, noise)
         return steps
 
     def real(self, total: Masked) -> NDArray[np.float64]:

@@ -81,6 +81,11 @@ class Calibration:
         return cls(kind=TargetKind(tree["kind"]), scores=np.sort(scores, axis=0))
 
 
+_TIE = 1e-5
+"""What a score may be above the threshold and still count as equal to it: torch and other runtimes
+round differently, and sets that are a little larger hold no less."""
+
+
 def sets(kind: TargetKind, told: Array, threshold: Array) -> NDArray[np.bool_]:
     """(N, C) probabilities -> which values are in each record's set.
 
@@ -92,9 +97,9 @@ def sets(kind: TargetKind, told: Array, threshold: Array) -> NDArray[np.bool_]:
     if kind is TargetKind.MULTILABEL:
         both = np.stack([p, 1 - p], 2)
         likelier = np.stack([p <= 0.5, p > 0.5], 2)
-        return np.asarray((both <= threshold[:, None]) | likelier)
+        return np.asarray((both <= threshold[:, None] + _TIE) | likelier)
     own = np.arange(p.shape[1]) == likeliest(kind, p)[:, None]
-    return np.asarray((_scores(kind, p) <= threshold) | own)
+    return np.asarray((_scores(kind, p) <= threshold + _TIE) | own)
 
 
 def likeliest(kind: TargetKind, told: Array) -> NDArray[np.intp]:

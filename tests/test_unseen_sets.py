@@ -34,7 +34,7 @@ def ran(folder: Path, manifest: Path, **changes: Any) -> dict[str, Any]:
     return simulate(config, folder / "run", observer=Silent())
 
 
-@pytest.mark.parametrize("unit", ["record", "none"])
+@pytest.mark.parametrize("unit", ["record", pytest.param("none", marks=pytest.mark.slow)])
 def test_scans_notes_and_a_table_with_blanks(unit: str, tmp_path: Path) -> None:
     manifest = write_medical(tmp_path / "set")
     assert check(manifest) == ()
@@ -46,7 +46,7 @@ def test_scans_notes_and_a_table_with_blanks(unit: str, tmp_path: Path) -> None:
         assert summary["headline"]["value"] > summary["majority"]
 
 
-@pytest.mark.parametrize("unit", ["subject", "none"])
+@pytest.mark.parametrize("unit", [pytest.param("subject", marks=pytest.mark.slow), "none"])
 def test_features_made_elsewhere_of_speakers_never_heard(unit: str, tmp_path: Path) -> None:
     manifest = write_sentiment(tmp_path / "set")
     assert check(manifest) == ()

@@ -22,6 +22,7 @@ from fedfuse.runfolder import RunFolder
 MakeConfig = Callable[..., RunConfig]
 
 
+@pytest.mark.slow
 def test_two_runs_on_the_same_records_compose_and_the_third_is_refused(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

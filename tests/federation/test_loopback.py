@@ -269,7 +269,9 @@ def test_many_nodes_open_no_more_files_than_few() -> None:
         return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), *pids)]  # noqa: PTH208
 
     with grid(nodes=400) as nodes:
-        ask(nodes)
+        for _ in range(50):  # until each worker has been at work
+            if len({said(reply, "pid") for reply in ask(nodes).values()}) == 2:
+                break
         before = files(nodes.pids)
         for _ in range(3):
             assert len(ask(nodes)) == 400

@@ -60,7 +60,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return RunConfig().with_values(values)
 
 
-@pytest.mark.parametrize("tuning", ["frozen", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tuning", [pytest.param(t, marks=pytest.mark.slow) for t in ("frozen", "lora")]
+)
 def test_private_run_over_loopback(config: RunConfig, tuning: str, tmp_path: Path) -> None:
     config = config.with_values({"model.encoder.tuning": tuning})
     summary = simulate(config, tmp_path / "run", observer=Silent())

@@ -192,7 +192,7 @@ def test_the_same_noise_seed_gives_the_same_model(make_config: MakeConfig, tmp_p
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("unit", ["record", "none"])
+@pytest.mark.parametrize("unit", ["record", pytest.param("none", marks=pytest.mark.slow)])
 def test_nodes_that_train_together_end_as_they_would_alone(
     make_config: MakeConfig, tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def ran(folder: Path, manifest: Path, **changes: Any) -> tuple[dict[str, Any], D
     return summary, prepare(config.data, seed=0).test
 
 
+@pytest.mark.slow
 def test_labels_through_a_graph_that_is_gone_when_the_model_is_opened(tmp_path: Path) -> None:
     manifest = write_manifest(
         tmp_path,

@@ -61,6 +61,7 @@ def test_subject_unit_counts_subjects_and_spends_what_the_books_say(
     assert accounting.epsilon(own, 1e-5) == pytest.approx(privacy["epsilon_server"])
 
 
+@pytest.mark.slow
 def test_without_a_subject_column_the_client_is_the_subject(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_shared_noise_is_weaker_against_the_server_and_says_so(
     assert "Against the server" in privacy["statement"]
 
 
+@pytest.mark.slow
 def test_noise_of_nodes_is_in_the_model(make_config: MakeConfig, tmp_path: Path) -> None:
     """One more round's worth of noise: another noise seed moves the weights by about its size."""
     found = []
@@ -174,6 +176,7 @@ def test_settings_that_cannot_keep_the_promise_are_refused(
         make_config(**changes)
 
 
+@pytest.mark.slow
 def test_shared_clipping_runs_and_signal_stays_on_the_node(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -164,6 +164,7 @@ print(dict(app(received(RecordDict(), message.metadata), context).content["confi
 """
 
 
+@pytest.mark.slow
 def test_a_bundle_that_shadows_fedfuse_is_found_out(
     config: RunConfig, tmp_path: Path, open_vault: Callable[[Clinic], list[Answered]]
 ) -> None:

@@ -156,5 +156,5 @@ def test_parameters_are_counted_without_making_them(fusion: str, tmp_path: Path)
 
 def test_a_graph_is_needed_where_it_is_named_and_nowhere_else() -> None:
     schema = schema_of("vector")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no file that can be read"):
         build_model(schema, ModelConfig(fusion="graph", knowledge="nosuch.tsv"))

@@ -72,7 +72,7 @@ def test_the_count_is_paid_for_by_noise_on_the_sum(make_config: MakeConfig) -> N
     ("unit", "first"),
     [
         ("record", 1e-6),
-        ("node", 1e-6),
+        pytest.param("node", 1e-6, marks=pytest.mark.slow),
         pytest.param("record", 1e6, marks=pytest.mark.slow),
         pytest.param("subject", 1e-6, marks=pytest.mark.slow),
         pytest.param("node", 10.0, marks=pytest.mark.slow),

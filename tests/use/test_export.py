@@ -143,6 +143,7 @@ def test_torch_export_is_reloaded_with_its_facts(small: Made, tmp_path: Path) ->
         export(trained, path, "torch-export", int8=True)
 
 
+@pytest.mark.slow
 def test_int8_is_smaller_and_its_agreement_is_stated(
     small: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,15 +66,21 @@ def test_a_masked_run_without_a_promise_gives_the_plain_model(
     assert summary["bytes_received"] > 0
 
 
+@pytest.fixture(scope="module")
+def finished(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a masked run with a promise."""
+    folder = tmp_path_factory.mktemp("masked") / "run"
+    simulate(make_config(**NODE, **MASKED), folder, observer=Silent())
+    return folder
+
+
 def test_a_masked_run_keeps_its_promise_against_the_server(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig, finished: Path, tmp_path: Path
 ) -> None:
-    config = make_config(**NODE, **MASKED)
-    summary = simulate(config, tmp_path / "run", observer=Silent())
+    summary = json.loads((finished / "summary.json").read_text())
     privacy = summary["privacy"]
     assert privacy["secure_aggregation"] is True
-    folder = RunFolder.open(tmp_path / "run")
-    events = folder.events()
+    events = RunFolder.open(finished).events()
     own = [event.mechanism for event in events if event.node == events[0].node]
     expected = accounting.epsilon(own, 1e-5)
     assert privacy["epsilon_server"] == pytest.approx(expected)
@@ -89,11 +95,8 @@ def test_a_masked_run_keeps_its_promise_against_the_server(
     assert without["epsilon_server"] > privacy["epsilon_server"]
 
 
-def test_the_report_bears_out_the_summary_of_a_masked_run(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    simulate(make_config(**NODE, **MASKED), tmp_path / "run", observer=Silent())
-    facts = of_run(tmp_path / "run")
+def test_the_report_bears_out_the_summary_of_a_masked_run(finished: Path) -> None:
+    facts = of_run(finished)
     assert facts.problems == ()
     server, public = facts.statements
     assert server.role == "node"
@@ -124,6 +127,26 @@ def test_the_noise_of_a_masked_sum_is_in_the_model(make_config: MakeConfig, tmp_
     moved = np.concatenate([(noisy[n] - plain[n]).ravel() for n in noisy])
     declared = 8.0 * 0.5 / 3  # the sum's, over the nodes asked
     assert abs(float(np.square(moved).mean()) / declared**2 - 1) < 4.5 * (2 / moved.size) ** 0.5
+
+
+def test_a_run_goes_on_without_a_node_that_shared_masks_and_is_lost_in_training(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of four, in every round: it counts as asked, and its masks are taken off."""
+    prepare_all = MaskedRound.prepare
+    monkeypatch.setattr(MaskedRound, "prepare", lambda one, end: prepare_all(one, end) - {2})
+    config = make_config(
+        **NODE, **MASKED, data__partition="iid", data__nodes=4, train__rounds=2
+    )  # fmt: skip
+    summary = simulate(config, tmp_path / "run", observer=Silent())
+    assert summary["status"] == "finished"
+    events = RunFolder.open(tmp_path / "run").events()
+    lost = {event.node for event in events if event.status == "reserved"}
+    assert len(lost) == 1
+    assert sum(event.status == "spent" for event in events) == 2 * 3
+    moved = np.concatenate([value.ravel() for value in weights_of(tmp_path / "run").values()])
+    assert float(np.abs(moved).max()) < 10  # a mask that was left on would be far more
+    assert "at most 0 of these nodes" in " ".join(summary["assumptions"])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/fedfuse simulate simulations/quickstart.toml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check:
 	.ci/run

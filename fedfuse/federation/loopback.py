@@ -272,8 +272,6 @@ class LoopbackGrid(MessageGrid):
         given = self._next(most if grouped else most - len(worker.tasks), request)
         if not worker.tasks:
             worker.since = time.monotonic()
-        worker.tasks.extend(given)
-        worker.groups.extend([len(given)] if grouped else [1] * len(given))
         try:
             if worker.content != request.number:
                 worker.pipe.send(("content", request.packed))
@@ -283,6 +281,10 @@ class LoopbackGrid(MessageGrid):
             worker.pipe.send(("tasks", tasks, grouped))
         except (BrokenPipeError, ConnectionResetError):
             worker.ready = False  # what it said before it died is read first
+            self._waiting.extendleft(reversed(given))
+            return
+        worker.tasks.extend(given)
+        worker.groups.extend([len(given)] if grouped else [1] * len(given))
 
     def _next(self, most: int, request: _Request) -> list[Message]:
         """The next tasks for one worker, all of one request."""

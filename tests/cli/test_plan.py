@@ -220,7 +220,11 @@ def test_a_run_settles_on_the_sigma_that_is_planned(plan: Plan, text: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(SCENARIOS.glob("*.toml")) if RunConfig.from_toml(path).private],
+    ids=lambda path: path.stem,
+)
 def test_shipped_scenarios_are_planned_as_they_are_run(plan: Plan, path: Path) -> None:
     found = as_tree(plan(f"--plan-for {path} --json"))
     settled = settle(configuration(Flags(scenario=path)), mean_records=500.0, mean_subjects=50.0)

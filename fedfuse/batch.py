@@ -137,6 +137,14 @@ class Batch:
     def __len__(self) -> int:
         return int(self.target.shape[0])
 
+    def blank(self, rows: int) -> Batch:
+        """So many records of the same shapes that have every modality, and zeros in all."""
+        return Batch(
+            {name: x.new_zeros((rows, *x.shape[1:])) for name, x in self.inputs.items()},
+            {name: x.new_ones(rows) for name, x in self.present.items()},
+            self.target.new_zeros((rows, *self.target.shape[1:])),
+        )
+
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         """The records of `rows`."""
         return Batch(

@@ -104,12 +104,7 @@ class Stacked:
         couples = any(getattr(module, "mixes_records", False) for module in model.modules())
         if couples or {p.dtype for _, p in self._named} != {torch.float32}:
             return False
-        none = like.batch(np.zeros(0, dtype=np.int64))
-        made = Batch(
-            {name: x.new_zeros((2, *x.shape[1:])) for name, x in none.inputs.items()},
-            {name: x.new_ones(2) for name, x in none.present.items()},
-            none.target.new_zeros((2, *none.target.shape[1:])),
-        )
+        made = like.batch(np.zeros(0, dtype=np.int64)).blank(2)
         model.train()
         weights = torch.cat([p.detach().flatten() for _, p in self._named]).repeat(2, 1)
         try:
@@ -205,18 +200,8 @@ class Stacked:
 
     def _drawn(self, members: Sequence[Member], job: Job) -> Iterator[list[Batch]]:
         """The batches of all members, step by step."""
-        mechanism = job.mechanism
-        assert mechanism is not None
         varied = [self._trainer.variation(member.secret) for member in members]
-        rows = [
-            poisson_batches(
-                len(member.records),
-                mechanism.sample_rate,
-                job.steps,
-                NoiseStream(member.secret, "sampling"),
-            )
-            for member in members
-        ]
+        rows = [_rows(member, job) for member in members]
         for step in zip(*rows, strict=True):
             yield [
                 vary(member.records.batch(own))
@@ -239,20 +224,9 @@ class Stacked:
     ) -> None:
         """Steps that promise nothing by themselves. A node without records stays as it is."""
         gradients = self._gradients(by_record=False)
-        varied = [self._trainer.variation(member.secret) for member in members]
-        orders = [
-            shuffled_batches(
-                len(member.records), job.batch_size, job.steps, NoiseStream(member.secret, "order")
-            )
-            for member in members
-        ]
         start = stack.detach().clone()
         empty = [k for k, member in enumerate(members) if len(member.records) == 0]
-        for rows in zip(*orders, strict=True):
-            batches = [
-                vary(member.records.batch(own))
-                for vary, member, own in zip(varied, members, rows, strict=True)
-            ]
+        for batches in self._drawn(members, job):
             if not any(len(batch) for batch in batches):
                 return
             longest = max(map(len, batches))
@@ -322,6 +296,15 @@ class Stacked:
 
 def _by_record(job: Job) -> bool:
     return job.mechanism is not None and job.mechanism.unit is Unit.RECORD
+
+
+def _rows(member: Member, job: Job) -> Iterator[NDArray[np.int64]]:
+    """The records of a member's steps: drawn at the mechanism's rate, or one after the other."""
+    count = len(member.records)
+    if job.mechanism is not None and _by_record(job):
+        stream = NoiseStream(member.secret, "sampling")
+        return poisson_batches(count, job.mechanism.sample_rate, job.steps, stream)
+    return shuffled_batches(count, job.batch_size, job.steps, NoiseStream(member.secret, "order"))
 
 
 def _factors(

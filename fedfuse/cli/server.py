@@ -18,6 +18,7 @@ import typer
 
 from fedfuse.cli.scenario import Flags, configuration
 from fedfuse.cli.simulate import draw, fresh_folder
+from fedfuse.cli.summary import say
 from fedfuse.errors import FederationError, RunFolderError, UsageError
 
 if TYPE_CHECKING:
@@ -222,14 +223,7 @@ def run(
         raise typer.Exit(130) from None
     finally:
         draw(path)
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-    elif quiet:
-        click.echo(path)
-    else:
-        from fedfuse.cli.summary import describe
-
-        click.echo(describe(summary, path))
+    say(summary, path, as_json=as_json, quiet=quiet)
 
 
 @app.command(epilog="Example: fedfuse server status srv --json")

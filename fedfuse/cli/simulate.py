@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 import typer
 
 from fedfuse.cli.scenario import Flags, configuration
+from fedfuse.cli.summary import say
 from fedfuse.config import ENGINES, RunConfig
 from fedfuse.errors import DataError, RunFolderError, UsageError
 from fedfuse.privacy.spec import Unit
@@ -149,14 +149,7 @@ def _run(
         raise typer.Exit(130) from None
     finally:
         draw(run)
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-    elif quiet:
-        click.echo(run)
-    else:
-        from fedfuse.cli.summary import describe
-
-        click.echo(describe(summary, run))
+    say(summary, run, as_json=as_json, quiet=quiet)
     if summary["status"] == "interrupted":
         _say_what_is_saved(config, run)
         raise typer.Exit(130)

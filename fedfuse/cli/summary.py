@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe"]
+import click
+
+__all__ = ["describe", "say"]
 
 WIDTH = 100
 INDENT = 11
@@ -26,6 +29,14 @@ FILES = {
     "plots/metrics.png": "metric and loss by round",
     "plots/privacy.png": "epsilon by round",
 }
+
+
+def say(summary: Mapping[str, Any], run: Path, *, as_json: bool, quiet: bool) -> None:
+    """Prints what is asked for: JSON, or where the run lies, or all that `describe` has."""
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        click.echo(run if quiet else describe(summary, run))
 
 
 def describe(summary: Mapping[str, Any], run: Path) -> str:

@@ -118,7 +118,8 @@ def answers(asked: Sequence[tuple[RecordDict, Site, Books]]) -> list[TrainReply]
         except StopIteration as ended:
             replies[place] = ended.value
     for group in waiting.values():
-        for place, node, trained in _trained(group):
+        found = _trained([training for _, _, training in group])
+        for (place, node, _), trained in zip(group, found, strict=True):
             try:
                 if isinstance(trained, Exception):
                     node.throw(trained)
@@ -129,31 +130,26 @@ def answers(asked: Sequence[tuple[RecordDict, Site, Books]]) -> list[TrainReply]
     return [reply for reply in replies if reply is not None]
 
 
-def _trained(
-    group: Sequence[tuple[int, _Node, _Training]],
-) -> Iterator[tuple[int, _Node, _Trained | Exception]]:
+def _trained(group: Sequence[_Training]) -> Iterator[_Trained | Exception]:
     """Runs the job of a group, all of it together or one node after the other."""
-    trainer, job = group[0][2].trainer, group[0][2].job
-    members = [training.member for _, _, training in group]
+    trainer, job = group[0].trainer, group[0].job
+    members = [training.member for training in group]
     try:
         stack = _stacked(trainer) if len(group) > 1 else None
         if stack is not None and stack.takes(members[0].records, job):
-            found = stack.run(members, job)
-            yield from (
-                (place, node, one) for (place, node, _), one in zip(group, found, strict=True)
-            )
+            yield from stack.run(members, job)
             return
     except Exception as error:
-        yield from ((place, node, error) for place, node, _ in group)
+        yield from [error] * len(group)
         return
-    for place, node, training in group:
+    for training in group:
         member = training.member
         try:
             trainer.load(member.weights)
             ran = trainer.run(member.records, job, secret=member.secret, subjects=training.subjects)
-            yield place, node, (ran, trainer.weights())
+            yield ran, trainer.weights()
         except Exception as error:
-            yield place, node, error
+            yield error
 
 
 @lru_cache(maxsize=2)

@@ -204,13 +204,8 @@ class BookKeeping:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             self._pass.probing = True
             for rows in (3, 4):
-                made = Batch(
-                    {name: x.new_zeros((rows, *x.shape[1:])) for name, x in batch.inputs.items()},
-                    {name: x.new_ones(rows) for name, x in batch.present.items()},
-                    batch.target.new_zeros((rows, *batch.target.shape[1:])),
-                )
                 with self._recording(rows):
-                    self.model(made)
+                    self.model(batch.blank(rows))
             self._pass.probing = False
         self._probed = True
 

@@ -12,7 +12,6 @@ decided behind it.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import queue
@@ -30,6 +29,7 @@ from flwr.app import RecordDict
 
 from fedfuse.errors import ConfigError, FederationError, WireError
 from fedfuse.federation.framing import Letter, nearby, receive, send
+from fedfuse.federation.locks import hold, is_held
 
 __all__ = ["Door", "Visit", "is_guarded"]
 
@@ -204,35 +204,21 @@ class Door:
 
 def is_guarded(folder: Path) -> bool:
     """Whether a vault is there whose socket lies in `folder`."""
-    try:
-        handle = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+    return is_held(folder / _LOCK)
 
 
 def _hold(folder: Path) -> int:
-    """The lock that says that a vault is there; it goes with this process, however that ends."""
+    """The lock that says that a vault is there."""
     try:
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return hold(folder / _LOCK)
+    except BlockingIOError:
+        raise FederationError(
+            "another vault is running here", where=str(folder), hint="stop it first"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"the lock {_LOCK} cannot be made: {error.strerror}", where=str(folder)
         ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise FederationError(
-            "another vault is running here", where=str(folder), hint="stop it first"
-        ) from None
-    return handle
 
 
 def _make_folder(folder: Path) -> None:

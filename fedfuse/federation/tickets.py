@@ -7,7 +7,6 @@ while it works; the lock goes with its process, however that ends. Without torch
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedfuse.errors import RunFolderError
+from fedfuse.federation.locks import hold, is_held
 from fedfuse.privacy import disk
 
 __all__ = [
@@ -76,35 +76,23 @@ def flower_run_of(run: Path) -> int | None:
 
 def is_conducted(run: Path) -> bool:
     """Whether a server app is at work in the run folder at this moment."""
-    try:
-        with _lock_file(run).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return is_held(_lock_file(run))
 
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
     """Keeps any other server app out of the run folder. Raises RunFolderError."""
     _lock_file(run).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    end = time.monotonic() + _LOCK_S  # `is_conducted` takes the lock for a moment
-    with _lock_file(run).open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise RunFolderError(
-                        "another server app is at work in it",
-                        where=str(run),
-                        hint="stop that run first",
-                    ) from None
-                time.sleep(_LOOK_S)
+    try:
+        handle = hold(_lock_file(run), _LOCK_S)
+    except BlockingIOError:
+        raise RunFolderError(
+            "another server app is at work in it", where=str(run), hint="stop that run first"
+        ) from None
+    try:
         yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from fedfuse.batch import Batch
@@ -139,6 +138,8 @@ def _hooks(name: str, module: nn.Module, parameter: str) -> Iterator[Finding]:
             "gives wrong per-record gradients or none",
             hint='leave that setting out, or take privacy.clipping = "bookkeeping"',
         )
+    from opacus.grad_sample import GradSampleModule
+
     if type(module) not in GradSampleModule.GRAD_SAMPLERS:
         yield Finding(
             where=name or "model",

@@ -213,6 +213,12 @@ class NodeFile:
                 f"policy.secure_aggregation = {policy.secure_aggregation!r}",
                 (f"it may be {', '.join(MASKS)}"),
             )
+        if policy.secure_aggregation == REQUIRED and policy.unit not in (Unit.NODE, Unit.NONE):
+            yield (
+                f'policy.secure_aggregation = "{REQUIRED}", but updates of unit "{policy.unit}" '
+                "carry all their noise and never leave under masks",
+                'take unit "node", or "allowed"',
+            )
         if policy.secure_aggregation == REQUIRED and not masks.peers:
             yield (
                 f'policy.secure_aggregation = "{REQUIRED}", but masks.peers is missing',

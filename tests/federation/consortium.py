@@ -135,8 +135,9 @@ class VaultGrid(MessageGrid):
         return None
 
     def get_node_ids(self) -> Iterable[int]:
-        """One more than are known to each other."""
-        return [*self._nodes.names, 999]
+        """Under masks one more than are known to each other."""
+        masked = self._nodes.config.federation.secure_aggregation
+        return [*self._nodes.names, *([999] if masked else [])]
 
     def push_messages(self, messages: Any) -> Any:
         raise NotImplementedError

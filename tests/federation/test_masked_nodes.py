@@ -11,7 +11,8 @@ import json
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import open_node
-from fedfuse.errors import ConfigError, PrivacyError, WireError
+from fedfuse.errors import ConfigError, FederationError, PrivacyError, WireError
+from fedfuse.federation.deploy import launch
 from fedfuse.federation.masking.member import Member
 from fedfuse.federation.masking.messages import terms_to_config, to_config
 from fedfuse.federation.masking.peers import known_to, listed_nodes, read_peers
@@ -31,8 +33,10 @@ from fedfuse.federation.nodefile import NodeFile
 from fedfuse.federation.observer import Silent
 from fedfuse.federation.rounds import job_of
 from fedfuse.federation.server import serve
+from fedfuse.federation.serverfile import equip_server
 from fedfuse.federation.settle import settle
 from fedfuse.federation.simulate import simulate
+from fedfuse.federation.superlink import SuperLink
 from fedfuse.federation.vault import Vault
 from fedfuse.federation.wire import TrainRequest, config_digest, encode, signed
 from fedfuse.models.model import count_parameters
@@ -110,8 +114,8 @@ def test_without_a_promise_the_model_is_that_of_a_run_without_masks(
     masked = make_masked(**changes)
     plain = make_masked(**changes, federation__secure_aggregation=False)
     Consortium(tmp_path / "masked", masked).run(monkeypatch)
-    simulate(plain, tmp_path / "plain", observer=Silent())
-    first, second = weights_of(tmp_path / "plain"), weights_of(tmp_path / "masked" / "run")
+    Consortium(tmp_path / "plain", plain).run(monkeypatch)
+    first, second = (weights_of(tmp_path / name / "run") for name in ("plain", "masked"))
     for name, value in first.items():
         np.testing.assert_allclose(second[name], value, atol=1e-3)
 
@@ -616,6 +620,22 @@ def test_a_vault_does_not_start_with_keys_that_cannot_be_right(
     with pytest.raises(ConfigError, match="is not its own"):
         Vault(path)
     assert NodeFile.read(path).masks.peers == str(tmp_path / "site-1" / "../peers.toml")
+
+
+def test_a_run_is_not_submitted_while_too_few_peers_are_connected(
+    make_masked: MakeConfig, tmp_path: Path
+) -> None:
+    server = equip_server(tmp_path / "srv", hosts=["localhost"], port=9092, bind="127.0.0.1")
+    states = {"a": "online", "b": "offline", "stranger": "online"}
+    online = [{"name": name, "status": status} for name, status in states.items()]
+    link = cast(SuperLink, SimpleNamespace(server=server, nodes=lambda: online))
+    config = make_masked()
+    with pytest.raises(ConfigError, match="no such file") as caught:
+        launch(link, config, server.runs / "run", resume=False)
+    assert "fedfuse node identity" in caught.value.hint
+    server.peers.write_text(f'a = "{"aa" * 32}"\nb = "{"bb" * 32}"\n')
+    with pytest.raises(FederationError, match=r"1 of 2 registered nodes named in peers\.toml"):
+        launch(link, config, server.runs / "run", resume=False)
 
 
 def test_only_registered_nodes_that_are_peers_are_asked(tmp_path: Path) -> None:

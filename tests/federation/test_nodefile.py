@@ -93,7 +93,11 @@ def test_a_policy_is_what_the_file_says(tmp_path: Path) -> None:
         ({"data": {"node": -1}}, "data.node = -1"),
         ({"more": {"x": 1}}, "unknown setting more"),
         ({"policy": {"secure_aggregation": "perhaps"}}, "secure_aggregation = 'perhaps'"),
-        ({"policy": {"secure_aggregation": "required"}}, "masks.peers is missing"),
+        (
+            {"policy": {"unit": "node", "secure_aggregation": "required"}},
+            "masks.peers is missing",
+        ),
+        ({"policy": {"secure_aggregation": "required"}}, "never leave under masks"),
         ({"masks": {"peers": "peers.toml"}}, "masks.key is missing"),
         ({"masks": {"colluders": -1}}, "masks.colluders = -1"),
     ],

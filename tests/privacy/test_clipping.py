@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from opacus.optimizers import DPOptimizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedfuse.cli import main
+from fedfuse.cli.node import _answer_line
 from fedfuse.federation.door import Door
 from fedfuse.federation.newnode import node_key
 from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.vault import Answered
 from fedfuse.privacy.ledger import Ledger
 from fedfuse.privacy.signing import SigningKey
 from tests.cli.stand_ins import Result
@@ -268,6 +271,15 @@ def test_a_node_that_cannot_reach_a_server_is_not_started(run: Run, made: Path) 
         assert done.code == 3
         assert said in done.err
         assert time.monotonic() - began < 20
+
+
+def test_a_refused_stage_of_masks_is_shown_as_what_it_is() -> None:
+    answered = Answered(
+        time="2026-11-25T21:11:04+00:00", server="", run="", round=0, rounds=0, steps=0,
+        stage="share", status="refused", problem="WireError: no masks", epsilon=1.0,
+        epsilon_allowed=2.0, seconds=0.01,
+    )  # fmt: skip
+    assert "masks, stage share: refused (WireError: no masks)" in _answer_line(asdict(answered))
 
 
 def test_identities_are_printed_exchanged_and_looked_at(run: Run, made: Path) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import prepare
-from fedfuse.federation import server
-from fedfuse.federation.flower import MessageGrid
+from fedfuse.federation import forward, server
+from fedfuse.federation.flower import MessageGrid, received, with_id
+from fedfuse.federation.forward import make_forwarder
 from fedfuse.federation.framing import Letter, receive, send
 from fedfuse.federation.masking.peers import identity_line
 from fedfuse.federation.vault import Vault
@@ -71,8 +72,12 @@ class Consortium:
     def hear(self, number: int, record: RecordDict, kind: str = "query", **more: Any) -> RecordDict:
         """What leaves the node's vault, as it leaves its door."""
         letter = Letter(kind=kind, record=record, settings=self.config.to_flat(), **more)
+        return self.answered(number, letter).record
+
+    def answered(self, number: int, letter: Letter) -> Letter:
+        """The vault's answer to a letter; both cross its door."""
         reply = self.vault(number).hear(by_door(letter))
-        return by_door(Letter(kind="reply", record=reply.to_record())).record
+        return by_door(Letter(kind="reply", record=reply.to_record()))
 
     def run(
         self,
@@ -86,7 +91,7 @@ class Consortium:
             ("FEDFUSE_PEERS", "peers.toml"), ("FEDFUSE_NODES", "nodes.json"),
         ):  # fmt: skip
             monkeypatch.setenv(variable, str(self.folder / value))
-        server.serve(VaultGrid(self, befalls), self.config)
+        server.serve(VaultGrid(self, monkeypatch, befalls), self.config)
         summary: dict[str, Any] = json.loads((self.folder / name / "summary.json").read_text())
         return summary
 
@@ -114,19 +119,36 @@ class Consortium:
 
 
 class VaultGrid(MessageGrid):
-    """A server's view of a consortium, whose nodes answer at once."""
+    """A server's view of a consortium, whose nodes answer at once, each by its bundle's app."""
 
-    def __init__(self, nodes: Consortium, befalls: Callable[[int, str], None]) -> None:
+    def __init__(
+        self,
+        nodes: Consortium,
+        monkeypatch: pytest.MonkeyPatch,
+        befalls: Callable[[int, str], None] = lambda number, stage: None,
+    ) -> None:
         self._nodes, self._befalls = nodes, befalls
+        self._app, self._replies = make_forwarder(), dict[str, Message]()
+        monkeypatch.setattr(forward, "forwarded", self._forwarded)
 
-    def replies(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterator[Message]:
+    def _forwarded(self, path: Path, letter: Letter) -> Letter:
+        return self._nodes.answered(int(path.name), letter)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
         for message in messages:
-            number, kind = message.metadata.dst_node_id, message.metadata.message_type
-            config = message.content.config_records["config"]
-            self._befalls(number, str(config.get("stage", kind)))
-            yield Message(self._nodes.hear(number, message.content, kind), reply_to=message)
+            metadata = with_id(message).metadata
+            number, kind = metadata.dst_node_id, metadata.message_type
+            told = message.content.config_records["config"]
+            self._befalls(number, str(told.get("stage", kind)))
+            settings = self._nodes.config.to_flat()
+            context = Context(1, number, {"vault": f"/{number}"}, RecordDict(), settings)
+            ids.append(metadata.message_id)
+            self._replies[ids[-1]] = self._app(received(message.content, metadata), context)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(one) for one in message_ids if one in self._replies]
 
     def set_run(self, run: Any) -> None: ...
 
@@ -138,12 +160,6 @@ class VaultGrid(MessageGrid):
         """Under masks one more than are known to each other."""
         masked = self._nodes.config.federation.secure_aggregation
         return [*self._nodes.names, *([999] if masked else [])]
-
-    def push_messages(self, messages: Any) -> Any:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Any) -> Any:
-        raise NotImplementedError
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
         raise NotImplementedError

@@ -102,7 +102,7 @@ def test_real_nodes_under_masks_spend_and_state_what_simulated_ones_do(
     assert "at most 0 of these nodes" in told
     for number, name in nodes.names.items():
         account = nodes.ledger(number).accounts()[0]
-        assert (account.rounds, account.open) == (2, 0)
+        assert (account.steps, account.open) == (2, 0)
         stated = found["epsilon_by_node"][name]
         assert accounting.epsilon(account.history, 1e-5) == pytest.approx(stated)
 
@@ -143,7 +143,7 @@ def test_a_vault_that_is_killed_is_lost_for_the_round_and_spends_nothing_twice(
     elif not spent:
         expected["site-3"] = "reserved"
     assert events == expected
-    rounds = [account.rounds for account in nodes.ledger(103).accounts()]
+    rounds = [account.steps for account in nodes.ledger(103).accounts()]
     assert rounds == ([1] if spent else [])
     (row,) = RunFolder.open(tmp_path / "run").metrics()
     assert set(row["failures"]) == (set() if stage == "announce" else {"site-3"})
@@ -170,6 +170,27 @@ def test_the_next_round_is_answered_by_a_vault_that_was_killed_in_this_one(
     assert nodes.ledger(102).accounts()[0].rounds == 2
 
 
+def test_a_run_that_lost_too_many_nodes_goes_on_with_other_masks(
+    make_masked: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four vaults are killed before they could sign who is left in round 2: it has no sum,
+    and stays spent. Resumed, the round is run again, and paid for again."""
+    nodes = Consortium(tmp_path, make_masked(train__rounds=2, privacy__noise_multiplier=4.0))
+    trained: list[int] = []
+
+    def befalls(number: int, at: str) -> None:
+        trained.extend([number] if at == "train" else [])
+        if at == "agree" and number in (102, 103) and len(trained) == 8:
+            nodes.kill(number)
+
+    with pytest.raises(FederationError, match="there is no sum"):
+        nodes.run(monkeypatch, befalls=befalls)
+    assert nodes.run(monkeypatch)["rounds_done"] == 2
+    assert [account.steps for account in nodes.ledger(103).accounts()] == [3]
+    statuses = [event.status for event in RunFolder.open(tmp_path / "run").events()]
+    assert (statuses.count("spent"), statuses.count("reserved")) == (8, 4)
+
+
 def test_a_server_that_knows_too_few_nodes_is_told_so(
     make_masked: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +204,7 @@ def test_a_server_that_knows_too_few_nodes_is_told_so(
         nodes.run(monkeypatch)
     monkeypatch.delenv("FEDFUSE_PEERS")
     with pytest.raises(ConfigError, match="FEDFUSE_PEERS"):
-        serve(VaultGrid(nodes, lambda number, stage: None), nodes.config)
+        serve(VaultGrid(nodes, monkeypatch), nodes.config)
 
 
 # ---- a server that does not
@@ -297,7 +318,7 @@ def hostile(make_masked: MakeConfig, tmp_path: Path) -> Hostile:
 
 
 def spends(nodes: Consortium) -> int:
-    return sum(account.rounds for account in nodes.ledger().accounts())
+    return sum(account.steps for account in nodes.ledger().accounts())
 
 
 def test_a_server_by_the_rules_gets_one_share_of_each(hostile: Hostile) -> None:

@@ -148,7 +148,7 @@ def test_a_masked_run_outlives_vaults_that_are_killed_between_its_stages(
     assert "no masks for this request" in lost[0]["site-d"]
     assert "stage agree" in lost[-1].get("site-c", "stage agree")
     for node, spent in ((a, rounds), (b, rounds), (c, rounds), (d, rounds - 1)):
-        found = [account.rounds for account in Ledger.open(node / "ledger").accounts()]
+        found = [account.steps for account in Ledger.open(node / "ledger").accounts()]
         assert (node.name, found) == (node.name, [spent] if spent else [])
     config = RunConfig.from_toml(federation.scenario).with_values(
         {

@@ -507,6 +507,21 @@ def test_rounds_that_too_many_liars_could_undo_are_refused(
     assert "with 2 nodes on its side" in str(many.announce()["problem"])
 
 
+def test_without_noise_a_sum_with_a_liar_alone_is_refused(
+    make_masked: MakeConfig, tmp_path: Path, unread: list[int]
+) -> None:
+    """Of two nodes the other one could take its own update off."""
+    config = make_masked(
+        privacy__unit="none", privacy__noise_nodes=1, data__nodes=2, federation__min_nodes=2
+    )
+    one = Hostile(Consortium(tmp_path, config, 2, colluders=1))
+    one.until("train")
+    status, problem = one.train()
+    assert status == "refused"
+    assert "of which 2 must be honest" in problem
+    assert unread == []
+
+
 def test_a_server_that_begins_many_rounds_fills_no_memory(hostile: Hostile) -> None:
     hostile.until("share")
     for _ in range(30):

@@ -1,7 +1,7 @@
 """What goes between an app bundle's process and a node's vault, byte by byte.
 
     letter   "fedfuse", protocol | bytes of the head | bytes of the arrays | head | arrays
-    head     JSON: kind, version, package, settings, records
+    head     JSON: kind, version, package, settings, records; bytes in a record as {"bytes": base64}
     arrays   their bytes, one after the other
 
 One letter each way over a Unix socket, and no pickle: a letter is read into plain records, which
@@ -13,6 +13,7 @@ Loads neither torch nor data: the bundle's process is started anew for each mess
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -31,7 +32,7 @@ from fedfuse.errors import WireError
 
 __all__ = ["MOST_HEAD", "PACKAGE", "Letter", "connect", "nearby", "receive", "send"]
 
-PROTOCOL = 1
+PROTOCOL = 2
 PACKAGE = str(Path(fedfuse.__file__).resolve().parent)
 """Where the fedfuse lies that this process runs."""
 MOST_HEAD = 2 << 20
@@ -74,10 +75,7 @@ def send(door: socket.socket, letter: Letter, *, seconds: float) -> None:
         "settings": dict(letter.settings),
         "records": records,
     }
-    try:
-        head = json.dumps(tree).encode()
-    except TypeError:
-        raise WireError("a message holds bytes where the protocol has none") from None
+    head = json.dumps(tree, default=_encoded).encode()
     if len(head) > MOST_HEAD:
         raise WireError("a message's names and settings take more than the protocol allows")
     end = time.monotonic() + seconds
@@ -164,7 +162,7 @@ def _letter(tree: dict[str, Any], body: memoryview) -> Letter:
                     part[key] = Array(dtype, shape, stype, bytes(body[place : place + size]))
                     place += size
             case "config":
-                part = ConfigRecord(held)
+                part = ConfigRecord({key: _decoded(value) for key, value in held.items()})
             case "metrics":
                 part = MetricRecord(held)
             case _:
@@ -179,6 +177,21 @@ def _letter(tree: dict[str, Any], body: memoryview) -> Letter:
     if tree:
         raise KeyError(min(tree))
     return Letter(**words, record=record, settings=settings)
+
+
+def _encoded(value: bytes) -> dict[str, str]:
+    return {"bytes": base64.b64encode(value).decode()}
+
+
+def _decoded(value: Any) -> Any:
+    """A record's value, with its bytes. Raises ValueError or TypeError."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    if isinstance(value, dict):
+        if set(value) != {"bytes"}:
+            raise ValueError(value)
+        return base64.b64decode(value["bytes"], validate=True)
+    return value
 
 
 def _check(value: Any, kind: type) -> Any:

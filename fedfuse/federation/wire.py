@@ -26,6 +26,8 @@
                     problem                    an error's class, and its text if that was made of
                                                public settings; no path, no trace
 
+Where updates leave under masks, keys and shares of them go both ways too: see masking.messages.
+
 No loss, no metric, no count of records or of present modalities leaves a private node: each would
 be a release of its own. A message is read strictly: what is not named here is refused, and weights
 must have the model's own names, shapes and types, and be finite.

@@ -120,10 +120,22 @@ def test_a_letter_with_bytes_changed_is_read_or_refused_and_nothing_else(
         assert isinstance(over(bytes(whole)).record, RecordDict)
 
 
-def test_bytes_have_no_place_in_a_letter() -> None:
+def test_bytes_cross_the_door_as_they_are() -> None:
     ours, theirs = socket.socketpair()
-    with ours, theirs, pytest.raises(WireError, match="holds bytes"):
-        send(ours, a_letter(raw=b"x"), seconds=5)
+    told = {"raw": b"\x00\xff", "parts": [b"", b"x" * 999]}
+    with ours, theirs:
+        send(ours, a_letter(**told), seconds=5)
+        found = receive(theirs, most_bytes=1 << 20, head_s=5, rate=1e6).record.config_records[
+            "config"
+        ]
+    assert {key: found[key] for key in told} == told
+
+
+@pytest.mark.parametrize("value", ['{"bytes": 7}', '{"bytes": "?"}', '{"hex": "00"}', "{}"])
+def test_bytes_that_are_written_otherwise_are_refused(value: str) -> None:
+    tree = json.dumps(TREE | {"records": {"config": ["config", {"raw": "here"}]}})
+    with pytest.raises(WireError, match="no letter"):
+        over(framed(tree.replace('"here"', value).encode()))
 
 
 @pytest.fixture

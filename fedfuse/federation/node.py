@@ -172,6 +172,8 @@ def _answering(record: RecordDict, site: Site, books: Books) -> _Node:
             raise PrivacyError("updates of this run leave under masks, and this node shares none")
         counts = site.config.federation.weighting == "examples"
         mechanism = site.policy.check(request, dataset.schema, counts=counts)
+        if mechanism is not None:
+            site.policy.check_seed(site.config.privacy.noise_seed)
         if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:
             _check_units(dataset)
         _check_size(request, site.config, dataset.schema)

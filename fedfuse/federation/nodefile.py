@@ -61,6 +61,7 @@ class _Policy:
     outputs: tuple[str, ...] = (UPDATE,)
     trust_server: bool = False
     records_are_units: bool = False
+    seeded_noise: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

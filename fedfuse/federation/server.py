@@ -111,6 +111,7 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
         reading=open_reading(store),
         observer=journal,
         key=signer,
+        removable=settled.config.private and bool(config.privacy.noise_seed),
         last=config.train.rounds,
     )
     notes = session.resume() if resume else ()

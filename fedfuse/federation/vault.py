@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -25,7 +25,7 @@ import fedfuse
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import fingerprint_of, open_node
 from fedfuse.errors import FederationError, PrivacyError, WireError
-from fedfuse.federation.books import Books, LedgerBooks, StateBooks
+from fedfuse.federation.books import Books, LedgerBooks, SeededBooks, StateBooks
 from fedfuse.federation.door import Door
 from fedfuse.federation.framing import PACKAGE, Letter
 from fedfuse.federation.node import Site, answer, refusal
@@ -100,7 +100,9 @@ class Vault:
                 raise PrivacyError(
                     "a node gives no metrics and answers no queries about its records"
                 )
-            return answer(letter.record, self._site(letter), self._books)
+            site = self._site(letter)
+            books = SeededBooks(self._books) if site.policy.noise_seed else self._books
+            return answer(letter.record, site, books)
         except Exception as error:
             _log.warning("%s: %s", self.name, error, exc_info=error)
             return refusal(error, self.name)
@@ -124,9 +126,10 @@ class Vault:
                 hint="start the node again",
             )
         config = RunConfig.from_flat(letter.settings)
+        seed = config.privacy.noise_seed if self.settings.policy.seeded_noise else ""
         return Site(
             config=config.with_values({"train.device": device} if device else {}),
-            policy=self.policy,
+            policy=replace(self.policy, noise_seed=seed),
             store=self._store,
             index=data.node,
             name=self.name,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from fedfuse.federation.serverfile import equip_server
 from fedfuse.federation.superlink import SuperLink
 from tests.federation.conftest import write_manifest
 
+ROOT = Path(__file__).resolve().parents[2]
 SCENARIO = {
     "name": "small",
     "model": {"dim": 8, "head_width": 8, "vector_width": 8},
@@ -36,6 +39,22 @@ def fedfuse(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def documented(page: str, **meant: object) -> list[list[str]]:
+    """The commands of the first block of docs/`page`, in order, each as words without "fedfuse".
+
+    `meant`: what stands for a word of the page; keys have "_" for what no name can hold.
+    """
+    text = (ROOT / "docs" / page).read_text()
+    block = text.split("```")[1].replace("\\\n", " ")
+    words = {re.sub(r"\W", "_", word): str(value) for word, value in meant.items()}
+    found = []
+    for line in block.strip().splitlines():
+        program, *rest = shlex.split(line, comments=True)
+        assert program == "fedfuse"
+        found.append([words.get(re.sub(r"\W", "_", word), word) for word in rest])
+    return found
 
 
 class Federation:

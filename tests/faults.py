@@ -365,7 +365,7 @@ FAULTS = (
     ),
     Fault(
         line=6,
-        name="noise-that-the-server-knows-is-entered-as-a-promise",
+        name="known-noise-entered-as-a-promise",
         file="fedfuse/federation/vault.py",
         old="books = SeededBooks(self._books) if site.policy.noise_seed else self._books",
         new="books = self._books",
@@ -373,7 +373,7 @@ FAULTS = (
     ),
     Fault(
         line=6,
-        name="noise-that-the-server-knows-is-reported-as-a-promise",
+        name="known-noise-reported-as-a-promise",
         file="fedfuse/runfolder.py",
         old="return config.private and (simulated or not config.privacy.noise_seed)",
         new="return config.private",

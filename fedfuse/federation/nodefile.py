@@ -72,6 +72,8 @@ class _Vault:
     """The users, by name or number, who may ask it. Empty: only the one that runs it."""
     max_megabytes: int = 256
     """The largest request; eight may be in memory at once."""
+    offline: bool = True
+    """Model weights come from this machine's disk alone: no hub is asked for any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ STATUS, LOG = "status.json", "vault.log"
 """Beside the socket, for the vault's own user alone."""
 _log = logging.getLogger("fedfuse.node")
 _MOST_LOG = 5 << 20
+_OFFLINE = "HF_HUB_OFFLINE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ def serve(path: Path, tell: Callable[[Answered], None], ready: Callable[[Vault],
         most_bytes=vault.settings.vault.max_megabytes << 20,
     )
     try:
-        with _logging_to(socket.with_name(LOG)):
+        with _logging_to(socket.with_name(LOG)), _alone(vault.settings.vault.offline):
             import fedfuse.federation.preload  # noqa: F401  what a first request would wait for
 
             ready(vault)
@@ -223,6 +224,20 @@ def _note(vault: Vault, answered: Answered, tell: Callable[[Answered], None]) ->
     except OSError as error:
         _log.warning("the status cannot be written: %s", error.strerror)
     tell(answered)
+
+
+@contextmanager
+def _alone(offline: bool) -> Iterator[None]:
+    """Lets the hub's client, which reads this when it is loaded, ask nobody."""
+    before = os.environ.get(_OFFLINE)
+    if offline:
+        os.environ[_OFFLINE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_OFFLINE, None)
+        if before is not None:
+            os.environ[_OFFLINE] = before
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from fedfuse.cli import main
 from fedfuse.federation.processes import Process, free_port, wait_until
 from fedfuse.privacy.ledger import Ledger, verify
 from fedfuse.runfolder import RunFolder
-from tests.federation.deployment import ROOT, documented
+from tests.federation.deployment import ROOT, documented, says
 
 REAL = ROOT.parent / "shared" / "data" / "digits-av"
 ROUNDS = 5 if os.environ.get("FEDFUSE_ALL") else 2
@@ -87,7 +87,7 @@ def test_three_nodes_set_up_by_the_docs_end_where_a_simulation_ends(tmp_path: Pa
     fedfuse(*prepare)
     with ExitStack() as stack:
         server = stack.enter_context(at_work(start, tmp_path / "server.log"))
-        said(server, "the server answers")
+        says(server, "the server answers")
         running = []
         for manifest in manifests:
             node = manifest.parent / "clinic"
@@ -161,10 +161,3 @@ def at_work(words: list[str], log: Path) -> Process:
         folder=log.parent,
         log=log,
     )
-
-
-def said(process: Process, text: str) -> None:
-    """Returns once `process` has said `text`."""
-    assert process.log is not None
-    log = process.log
-    wait_until(lambda: text in log.read_text(), 120, f"it does not say {text!r}", process)

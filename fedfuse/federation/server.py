@@ -122,6 +122,7 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
         key=signer,
         identities=identities,
         listed=listed,
+        removable=settled.config.private and bool(config.privacy.noise_seed),
         last=config.train.rounds,
     )
     notes = session.resume() if resume else ()

@@ -228,6 +228,17 @@ FAULTS = (
     ),
     Fault(
         line=4,
+        name="long-gradients-too-short",
+        file="fedfuse/privacy/lengths.py",
+        old="_RUN = 1024",
+        new="_RUN = 1 << 60",
+        tests=(
+            f"{CLIPPING}test_no_contribution_of_a_million_numbers_exceeds_the_clip_norm",
+            f"{CLIPPING}test_lengths_are_right_however_many_numbers_there_are",
+        ),
+    ),
+    Fault(
+        line=4,
         name="noise-of-two-thirds",
         file="fedfuse/privacy/noise.py",
         old="radius *= -2.0 * std * std / 8.0",

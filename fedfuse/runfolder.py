@@ -122,6 +122,16 @@ class RunFolder:
         """The configuration of the run. Raises ConfigError."""
         return RunConfig.from_toml(self.path / _CONFIG)
 
+    def promises(self) -> bool:
+        """Whether the run keeps a promise.
+
+        Noise from a seed is noise that the server takes off; only where the summary shows that
+        the run was a simulation is it what the figures would be. Raises ConfigError.
+        """
+        config = self.config()
+        simulated = bool((self.summary() or {}).get("data_fingerprint"))
+        return config.private and (simulated or not config.privacy.noise_seed)
+
     def run_id(self) -> str:
         """32 hexadecimal digits, the same for as long as the run is gone on with.
 

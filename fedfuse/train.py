@@ -211,7 +211,7 @@ class Trainer:
             self.trainable,
             clip_norm=C,
             noise_multiplier=mechanism.sum_noise * share,
-            stream=NoiseStream(secret, "noise"),
+            stream=NoiseStream(secret, "noise", threads=torch.get_num_threads()),
         )
         if not mechanism.count_noise:
             return Ran(), bounded
@@ -255,7 +255,7 @@ class Trainer:
             noise_multiplier=mechanism.sum_noise,
             clip_norm=mechanism.clip_norm,
             expected_batch=job.expected_batch,
-            stream=NoiseStream(secret, "noise"),
+            stream=NoiseStream(secret, "noise", threads=torch.get_num_threads()),
             parts=parts,
             watched=watched,
             count_noise=mechanism.count_noise,

@@ -436,10 +436,29 @@ FAULTS = (
     Fault(
         line=6,
         name="noise-from-what-the-server-configures",
-        file="fedfuse/federation/node.py",
-        old="return round_secret(site.policy.noise_seed, name, request.round)",
-        new="return round_secret(site.config.privacy.noise_seed, name, request.round)",
+        file="fedfuse/federation/vault.py",
+        old='if self.settings.policy.seeded_noise else ""',
+        new="",
         tests=(f"{HOSTILE}test_noise_does_not_follow_from_what_the_server_configures",),
+    ),
+    Fault(
+        line=6,
+        name="known-noise-entered-as-a-promise",
+        file="fedfuse/federation/vault.py",
+        old="books = SeededBooks(self._books) if site.policy.noise_seed else self._books",
+        new="books = self._books",
+        tests=(f"{HOSTILE}test_a_trial_with_noise_from_a_seed_is_entered_as_no_promise",),
+    ),
+    Fault(
+        line=6,
+        name="known-noise-reported-as-a-promise",
+        file="fedfuse/runfolder.py",
+        old="return config.private and (simulated or not config.privacy.noise_seed)",
+        new="return config.private",
+        tests=(
+            "tests/reports/test_budget.py::"
+            "test_real_nodes_whose_noise_the_server_knows_are_not_private",
+        ),
     ),
     Fault(
         line=7,

@@ -22,6 +22,7 @@ from fedfuse.cli.summary import say
 from fedfuse.errors import FederationError, RunFolderError, UsageError
 
 if TYPE_CHECKING:
+    from fedfuse.federation.deploy import Started
     from fedfuse.federation.serverfile import ServerFile
     from fedfuse.federation.superlink import SuperLink
 
@@ -36,6 +37,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Log = Annotated[
     str,
     typer.Option(help="How to say what happens.", click_type=click.Choice(("text", "json"))),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print the run folder's path and nothing else.")
 ]
 _SOON_DAYS = 30
 _START_S = 150.0
@@ -184,17 +188,14 @@ def run(
         str, typer.Option(help="Go on with a run that was broken off.", metavar="RUN")
     ] = "",
     log: Log = "text",
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print the run folder's path and nothing else.")
-    ] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Start a run on the connected nodes, and follow it. Ctrl-C stops following, not the run.
 
     Exit codes are those of `fedfuse simulate`.
     """
-    from fedfuse.cli.progress import progress
-    from fedfuse.federation.deploy import follow, launch
+    from fedfuse.federation.deploy import launch
 
     link = _link(folder)
     runs = link.server.runs
@@ -213,17 +214,26 @@ def run(
     started = launch(link, config, path, resume=bool(resume))
     if not quiet:
         click.echo(f"Flower's run {started.flower_run}, in {path}", err=True)
-    try:
-        as_lines = log == "json" and not quiet
-        with progress(quiet=quiet or as_lines) as view:
-            summary = dict(follow(link, started, view, _say_line if as_lines else None))
-    except KeyboardInterrupt:
-        click.echo(f"the run goes on; see: fedfuse server status {folder}", err=True)
-        click.echo(f"hint: stop it with: fedfuse server stop {folder} --run {path.name}", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        draw(path)
-    say(summary, path, as_json=as_json, quiet=quiet)
+    _follow(link, started, log=log, quiet=quiet, as_json=as_json)
+
+
+@app.command(epilog="Example: fedfuse server follow srv demo-20250131-101500")
+def follow(
+    folder: Server,
+    run: Annotated[str, typer.Argument(help="As `status` lists it.", metavar="RUN")],
+    log: Log = "text",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Follow a run again, from its beginning or its last resume; of one that ended, say how.
+
+    Ctrl-C stops following, not the run. Exit codes are those of `fedfuse simulate`.
+    """
+    from fedfuse.federation.deploy import attach
+
+    link = _link(folder)
+    started = attach(link, link.server.runs / Path(run).name)
+    _follow(link, started, log=log, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: fedfuse server status srv --json")
@@ -286,6 +296,25 @@ def metrics(folder: Server) -> None:
     from fedfuse.federation.metrics import exposition
 
     click.echo(exposition(_link(folder)), nl=False)
+
+
+def _follow(link: SuperLink, started: Started, *, log: str, quiet: bool, as_json: bool) -> None:
+    """Shows the run until it ends, and then its outcome. Raises the error that ended it."""
+    from fedfuse.cli.progress import progress
+    from fedfuse.federation import deploy
+
+    folder, path = link.server.folder, started.run
+    try:
+        as_lines = log == "json" and not quiet
+        with progress(quiet=quiet or as_lines) as view:
+            summary = dict(deploy.follow(link, started, view, _say_line if as_lines else None))
+    except KeyboardInterrupt:
+        click.echo(f"the run goes on; see it: fedfuse server follow {folder} {path.name}", err=True)
+        click.echo(f"hint: stop it with: fedfuse server stop {folder} --run {path.name}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        draw(path)
+    say(summary, path, as_json=as_json, quiet=quiet)
 
 
 def _say_line(text: str) -> None:

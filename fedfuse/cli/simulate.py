@@ -226,9 +226,13 @@ def _say_what_is_saved(config: RunConfig, run: Path) -> None:
     from fedfuse.runfolder import RunFolder
 
     try:
-        done = len(RunFolder.open(run).metrics())
+        folder = RunFolder.open(run)
+        done, summary = len(folder.metrics()), folder.summary() or {}
     except RunFolderError:
         click.echo("interrupted before the first round; nothing was saved", err=True)
+        return
+    if summary.get("status") == "finished":
+        click.echo(f"interrupted when all was done: the run in {run} is finished", err=True)
         return
     click.echo(f"interrupted; {done} of {config.train.rounds} rounds are saved in {run}", err=True)
     click.echo(f"hint: go on with: fedfuse simulate --resume {run}", err=True)

@@ -5,6 +5,7 @@ Whatever happens in between, the entry counts.
 
     LedgerBooks   a file of the node's own, see `fedfuse.privacy.ledger`: outlives every run, and is
                   shared by all servers and runs that use the data
+    SeededBooks   of trials whose noise the server knows: what the ledger enters is no promise
     StateBooks    in the state that Flower keeps for the node: for simulations, where a run's
                   nodes end with it
 """
@@ -23,7 +24,7 @@ from fedfuse.federation.wire import TrainRequest
 from fedfuse.privacy.ledger import Allow, Entry, Ledger
 from fedfuse.privacy.spec import Event, Mechanism
 
-__all__ = ["UNSIGNED", "Books", "DurableContext", "LedgerBooks", "StateBooks"]
+__all__ = ["UNSIGNED", "Books", "DurableContext", "LedgerBooks", "SeededBooks", "StateBooks"]
 
 UNSIGNED = "unsigned"
 """In a ledger: the server of a request that nobody signed."""
@@ -114,6 +115,28 @@ class LedgerBooks:
     def head(self) -> tuple[str, str]:
         """As `Books.head`."""
         return self._ledger.id, self._ledger.head
+
+
+class SeededBooks:
+    """Books of a node whose noise the server knows: each round is one without a promise."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    def reserve(self, event: Event, request: TrainRequest, allow: Allow) -> Callable[[], None]:
+        """Enters that the data is read without a promise; `allow` sees no history, since no figure
+        holds."""
+        allow(())
+        self._books.expose(event.node, request)
+        return lambda: None
+
+    def expose(self, node: str, request: TrainRequest) -> None:
+        """As `Books.expose`."""
+        self._books.expose(node, request)
+
+    def head(self) -> tuple[str, str]:
+        """As `Books.head`."""
+        return self._books.head()
 
 
 class DurableContext(Context):

@@ -2,7 +2,7 @@
 
 submit    the bundle and the settings go to the SuperLink; it starts the server app, which finds
           its run folder by a ticket
-follow    what the server app writes into the folder is told to an observer
+follow    what the server app writes into the folder is told to an observer; attach begins anew
 resume    a new run of Flower's in the old folder: the same run for the nodes and their ledgers,
           from the last finished round on; what was broken off stays spent
 """
@@ -21,16 +21,16 @@ import tomli_w
 from fedfuse.config import RunConfig
 from fedfuse.errors import FederationError, FedfuseError, RunFolderError
 from fedfuse.federation.bundle import write_bundle
-from fedfuse.federation.journal import JOURNAL, replay
+from fedfuse.federation.journal import JOURNAL, is_event, replay
 from fedfuse.federation.masking.peers import read_peers
 from fedfuse.federation.observer import Observer
 from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.processes import Follower
 from fedfuse.federation.superlink import SuperLink
-from fedfuse.federation.tickets import is_conducted, issue_ticket
+from fedfuse.federation.tickets import flower_run_of, is_conducted, issue_ticket
 from fedfuse.runfolder import RunFolder
 
-__all__ = ["Started", "follow", "launch"]
+__all__ = ["Started", "attach", "follow", "launch"]
 
 _LOOK_S = 0.5
 _ASK_S = 10.0
@@ -82,6 +82,29 @@ def launch(link: SuperLink, config: RunConfig, run: Path, *, resume: bool) -> St
         flower_run = link.submit(bundle, settings)
     issue_ticket(run, flower_run)
     return Started(run, flower_run, lines)
+
+
+def attach(link: SuperLink, run: Path) -> Started:
+    """A run that was submitted before, to be followed: what is going on, else its last attempt.
+
+    Raises RunFolderError where it is no run of this server's.
+    """
+    flower_run = flower_run_of(run)
+    if flower_run is None:
+        raise RunFolderError(
+            "no run of this server's",
+            where=str(run),
+            hint=f"fedfuse server status {link.server.folder} lists them",
+        )
+    going_on, place, begin = is_conducted(run), 0, 0
+    path = run / JOURNAL
+    for text in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        if not going_on and is_event(text, "prepared"):
+            begin = place
+        place += len(text)
+        if going_on and is_event(text, "ended"):
+            begin = place
+    return Started(run, flower_run, Follower(path, place=begin))
 
 
 def follow(

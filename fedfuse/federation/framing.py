@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 import fedfuse
 from fedfuse.errors import WireError
+from fedfuse.federation.packing import outline, rebuilt
 
 __all__ = ["MOST_HEAD", "PACKAGE", "Letter", "connect", "nearby", "receive", "send"]
 
@@ -63,8 +64,7 @@ def send(door: socket.socket, letter: Letter, *, seconds: float) -> None:
     records: dict[str, Any] = {}
     for name, part in letter.record.items():
         if isinstance(part, ArrayRecord):
-            held = [(key, a.dtype, a.shape, a.stype, len(a.data)) for key, a in part.items()]
-            records[name] = ["arrays", held]
+            records[name] = ["arrays", outline(part)]
             arrays += [array.data for array in part.values()]
         else:
             records[name] = ["config" if isinstance(part, ConfigRecord) else "metrics", dict(part)]
@@ -153,14 +153,8 @@ def _letter(tree: dict[str, Any], body: memoryview) -> Letter:
     for name, (kind, held) in tree.pop("records").items():
         match kind:
             case "arrays":
-                part: Any = ArrayRecord()
-                for key, dtype, shape, stype, size in held:
-                    _check(dtype, str), _check(stype, str), _check(size, int)
-                    if not 0 <= size <= len(body) - place:
-                        raise ValueError(size)
-                    shape = tuple(_check(n, int) for n in shape)
-                    part[key] = Array(dtype, shape, stype, bytes(body[place : place + size]))
-                    place += size
+                part: Any
+                part, place = rebuilt(held, body, place)
             case "config":
                 part = ConfigRecord({key: _decoded(value) for key, value in held.items()})
             case "metrics":
@@ -173,7 +167,7 @@ def _letter(tree: dict[str, Any], body: memoryview) -> Letter:
     settings = tree.pop("settings")
     if not all(isinstance(value, _SCALARS) for value in settings.values()):
         raise TypeError("settings")
-    words = {name: _check(tree.pop(name), str) for name in ("kind", "version", "package")}
+    words = {name: _word(tree.pop(name)) for name in ("kind", "version", "package")}
     if tree:
         raise KeyError(min(tree))
     return Letter(**words, record=record, settings=settings)
@@ -194,9 +188,9 @@ def _decoded(value: Any) -> Any:
     return value
 
 
-def _check(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(kind)
+def _word(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(value)
     return value
 
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from fedfuse.errors import FedfuseError
 from fedfuse.federation.observer import Observer, RoundRecord, RunInfo
 
-__all__ = ["JOURNAL", "Journal", "line", "replay"]
+__all__ = ["JOURNAL", "Journal", "is_event", "line", "replay"]
 
 JOURNAL = "progress.jsonl"
 T = TypeVar("T")
@@ -78,6 +78,14 @@ class Journal:
                 file.write(line(event, **more) + "\n")
         except OSError:
             pass
+
+
+def is_event(text: bytes, event: str) -> bool:
+    """Whether a line tells of such an event."""
+    try:
+        return bool(json.loads(text)["event"] == event)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def replay(text: str, observer: Observer) -> Mapping[str, Any] | None:

@@ -178,6 +178,8 @@ def _answering(record: RecordDict, site: Site, books: Books) -> _Node:
         )
         if seat is not None:
             seat.check(request)
+        if mechanism is not None:
+            site.policy.check_seed(site.config.privacy.noise_seed)
         if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:
             _check_units(dataset)
         _check_size(request, site.config, dataset.schema)

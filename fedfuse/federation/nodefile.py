@@ -62,6 +62,7 @@ class _Policy:
     trust_server: bool = False
     records_are_units: bool = False
     secure_aggregation: str = ALLOWED
+    seeded_noise: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,8 @@ class _Vault:
     """The users, by name or number, who may ask it. Empty: only the one that runs it."""
     max_megabytes: int = 256
     """The largest request; eight may be in memory at once."""
+    offline: bool = True
+    """Model weights come from this machine's disk alone: no hub is asked for any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

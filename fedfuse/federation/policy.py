@@ -47,7 +47,8 @@ class Policy:
     epsilon: float
     delta: float
     noise_seed: str = ""
-    """Simulations only."""
+    """The one seed that sampling and noise may follow from. Simulations, and trials that say NOT
+    PRIVATE."""
     trust_server: bool = False
     """Unit "node": that the server adds the noise, or looks at sums only, is taken on trust."""
     records_are_units: bool = False
@@ -119,6 +120,16 @@ class Policy:
                 hint="ask with noise_by = nodes, and noise_nodes = 1 or secure_aggregation",
             )
         return mechanism
+
+    def check_seed(self, announced: str) -> None:
+        """Raises PrivacyError where the run's noise is to follow from a seed that its server knows,
+        and this node does not allow it."""
+        if announced and announced != self.noise_seed:
+            raise PrivacyError(
+                "privacy.noise_seed is set: the server could take such noise off, and this node "
+                "allows none",
+                hint="leave it out; policy.seeded_noise = true is for trials, and NOT PRIVATE",
+            )
 
     def afford(
         self, request: TrainRequest, mechanism: Mechanism

@@ -26,7 +26,11 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Nothing goes to anybody else's server, and nothing is installed while a run is going on."""
+HASTE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
+"""How often Flower looks whether there is an app to start, in seconds: else once in a second. What
+the operator's environment says goes before."""
 _SECRET = "FEDFUSE_"
+_TETHER = Path(__file__).with_name("tether.py")
 _LOOK_S = 0.1
 
 
@@ -47,15 +51,18 @@ def program(name: str) -> Path:
 
 def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a process of Flower's gets: this process's environment without fedfuse's own settings,
-    Flower's folder `home`, no telemetry, no installations; and `more`."""
+    Flower's folder `home`, no telemetry, no installations, little waiting; and `more`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_SECRET)}
     programs = Path(sys.executable).parent  # Flower starts programs of its own by name
     path = f"{programs}{os.pathsep}{kept.get('PATH', os.defpath)}"
-    return kept | QUIET | {"FLWR_HOME": str(home), "PATH": path} | dict(more or {})
+    return HASTE | kept | QUIET | {"FLWR_HOME": str(home), "PATH": path} | dict(more or {})
 
 
 class Process:
-    """A running program, with all that it starts in a session of its own; a context manager."""
+    """A running program, with all that it starts in a session of its own; a context manager.
+
+    It is told to end when the thread that started it does, also where this process is killed.
+    """
 
     def __init__(
         self,
@@ -73,10 +80,14 @@ class Process:
         """
         self.name = name or Path(words[0]).name
         self.log = log
+        _check_program(words[0])
         out = None if log is None else log.open("ab")
         try:
             self._process = subprocess.Popen(
-                [str(word) for word in words],
+                [
+                    *(sys.executable, "-I", "-S", _TETHER, str(os.getpid())),
+                    *(str(word) for word in words),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=None if log is None else subprocess.STDOUT,
@@ -125,6 +136,12 @@ class Process:
         self.stop()
 
 
+def _check_program(path: str | Path) -> None:
+    """Raises FederationError where it cannot be run."""
+    if not os.access(path, os.X_OK):
+        raise FederationError("it cannot be started: no such program", where=str(path))
+
+
 def answers(host: str, port: int, seconds: float = 1.0) -> bool:
     """Whether something listens there."""
     try:
@@ -165,15 +182,16 @@ def wait_until(
 
 
 class Follower:
-    """The lines that are added to a file from now on, or from its start; it may not be there yet.
+    """The lines that are added to a file from now on, or after a byte; it may not be there yet.
 
     >>> list(Follower(Path("/nowhere/log")).lines())
     []
     """
 
-    def __init__(self, path: Path, *, start: bool = False) -> None:
+    def __init__(self, path: Path, *, place: int | None = None) -> None:
+        """`place`: where a line begins; None is the end of what is there."""
         self._path, self._rest = path, b""
-        self._place = 0 if start or not path.exists() else path.stat().st_size
+        self._place = (path.stat().st_size if path.exists() else 0) if place is None else place
 
     def lines(self) -> Iterator[str]:
         """The whole lines that were added since the last time."""

@@ -21,11 +21,11 @@ from fedfuse.errors import ConfigError, FederationError
 from fedfuse.federation.flower import GridView, replies
 from fedfuse.federation.gathering import Mean
 from fedfuse.federation.masking.conduct import MaskedRound
+from fedfuse.federation.packing import record_bytes
 from fedfuse.federation.strategy import Aggregate, GuardedStrategy
 from fedfuse.federation.wire import (
     TrainRequest,
     Weights,
-    record_bytes,
     template_of,
 )
 from fedfuse.privacy.spec import Mechanism, Unit

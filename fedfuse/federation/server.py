@@ -14,6 +14,7 @@ from fedfuse.config import RunConfig
 from fedfuse.data.prepare import open_split
 from fedfuse.data.reading import open_reading
 from fedfuse.errors import ConfigError
+from fedfuse.federation.flower import PackedGrid
 from fedfuse.federation.journal import Journal
 from fedfuse.federation.masking.peers import listed_nodes, read_peers
 from fedfuse.federation.pinning import check_pinned
@@ -122,6 +123,7 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
         key=signer,
         identities=identities,
         listed=listed,
+        removable=settled.config.private and bool(config.privacy.noise_seed),
         last=config.train.rounds,
     )
     notes = session.resume() if resume else ()
@@ -134,7 +136,7 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
     status, problem = "finished", ""
     try:
         if session.first <= session.last:
-            session.conduct(grid)
+            session.conduct(PackedGrid(grid))
     except Exception as error:
         status, problem = "failed", str(error)
         raise

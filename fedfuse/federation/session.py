@@ -81,6 +81,8 @@ class Session:
     """By name, the public keys of nodes whose updates come masked; None: no masks."""
     listed: Mapping[int, str] | None = None
     """By number, the names of the nodes that may be asked; None: of all that are connected."""
+    removable: bool = False
+    """Whether real nodes make their noise from a seed that the server knows: NOT PRIVATE."""
     spent: Spent = field(default_factory=Spent)
     """What all nodes have reserved or spent so far."""
     names: dict[int, str] = field(default_factory=dict)
@@ -174,7 +176,7 @@ class Session:
             rounds=self.last,
             first_round=self.first,
             parameters=self.parameters,
-            private=mechanism is not None,
+            private=mechanism is not None and not self.removable,
             epsilon=privacy.epsilon if mechanism else None,
             delta=privacy.delta if mechanism else None,
             sigma=mechanism.noise_multiplier if mechanism else None,
@@ -265,13 +267,14 @@ class Session:
         for reply in aggregate.replies.values():
             self._tell(outcome.round, reply.node, None)
         privacy = self.config.privacy
-        epsilon = spending.worst(self.spent.histories(), privacy.delta) if self.mechanism else None
+        promised = self.mechanism is not None and not self.removable
+        epsilon = spending.worst(self.spent.histories(), privacy.delta) if promised else None
         self.record = RoundRecord(
             round=outcome.round,
             rounds=self.last,
             metrics=metrics,
             epsilon=epsilon,
-            epsilon_allowed=privacy.epsilon if self.mechanism else None,
+            epsilon_allowed=privacy.epsilon if promised else None,
             nodes_ok=sum(reply.status == "ok" for reply in aggregate.replies.values()),
             failures=aggregate.failures,
             seconds=time.monotonic() - self._began,

@@ -60,9 +60,10 @@ def simulate(
     4. write the model and the summary
 
     A KeyboardInterrupt (or SIGTERM) during the rounds comes out again, after what is done was kept
-    with a summary whose status is "interrupted". `resume` goes on from there, with the budget as
-    it stands. `ledgers`: a folder with a ledger for each node, made if it is not there; what other
-    runs spent on the same records then counts.
+    with a summary whose status is "interrupted"; after the last round the run is finished all the
+    same. `resume` goes on from there, with the budget as it stands. `ledgers`: a folder with a
+    ledger for each node, made if it is not there; what other runs spent on the same records then
+    counts.
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
     """
@@ -129,9 +130,11 @@ def simulate(
             try:
                 _run(session, store, books, roster, verbose=verbose)
             except BaseException as error:
-                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                problem = str(error)
-                raise
+                interrupted = isinstance(error, KeyboardInterrupt)
+                if not interrupted or session.done < session.last:
+                    status = "interrupted" if interrupted else "failed"
+                    problem = str(error)
+                    raise
             finally:
                 session.abandon()
                 session.release()

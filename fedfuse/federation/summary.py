@@ -18,6 +18,11 @@ NOT_PRIVATE = (
     "NOT PRIVATE: nothing is promised about any record; updates leave the nodes as they are."
 )
 
+SEEDED = (
+    "NOT PRIVATE: the noise follows from privacy.noise_seed, so the server can take it off, and "
+    "nothing is promised about any record."
+)
+
 
 def summarise(
     session: Session,
@@ -75,7 +80,7 @@ def _plain(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _privacy(session: Session) -> dict[str, Any]:
-    """What was promised and what was spent. Where nothing is promised there is no number."""
+    """What was promised and what was spent. Where there is no mechanism there is no number."""
     mechanism, privacy = session.mechanism, session.config.privacy
     if mechanism is None:
         return {"private": False, "unit": "none", "statement": NOT_PRIVATE}
@@ -100,12 +105,15 @@ def _privacy(session: Session) -> dict[str, Any]:
     if shared:
         found = "there is no guarantee" if server is None else f"it is {accounting.shown(server)}"
         beyond = f" Against the server, which is trusted here, {found}."
+    statement = (
+        f"({accounting.shown(most)}, {delta:g})-differential privacy for "
+        f"{mechanism.unit.change}, against {whom}.{beyond}"
+    )
+    if session.removable:
+        statement = f"{SEEDED} With noise that only its node knows it would be: {statement}"
     return {
-        "private": True,
-        "statement": (
-            f"({accounting.shown(most)}, {delta:g})-differential privacy for "
-            f"{mechanism.unit.change}, against {whom}.{beyond}"
-        ),
+        "private": not session.removable,
+        "statement": statement,
         "unit": mechanism.unit.value,
         "neighbouring_relation": (
             "a node's data kept or left out"

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -25,7 +25,7 @@ import fedfuse
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import fingerprint_of, open_node
 from fedfuse.errors import FederationError, PrivacyError, WireError
-from fedfuse.federation.books import Books, LedgerBooks, StateBooks
+from fedfuse.federation.books import Books, LedgerBooks, SeededBooks, StateBooks
 from fedfuse.federation.door import Door
 from fedfuse.federation.framing import PACKAGE, Letter
 from fedfuse.federation.masking.conduct import MESSAGE_TYPE
@@ -47,6 +47,7 @@ STATUS, LOG = "status.json", "vault.log"
 """Beside the socket, for the vault's own user alone."""
 _log = logging.getLogger("fedfuse.node")
 _MOST_LOG = 5 << 20
+_OFFLINE = "HF_HUB_OFFLINE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +120,9 @@ class Vault:
                 raise PrivacyError(
                     "a node gives no metrics and answers no queries about its records"
                 )
-            return answer(letter.record, self._site(letter), self._books)
+            site = self._site(letter)
+            books = SeededBooks(self._books) if site.policy.noise_seed else self._books
+            return answer(letter.record, site, books)
         except Exception as error:
             _log.warning("%s: %s", self.name, error, exc_info=error)
             if stage:
@@ -145,9 +148,10 @@ class Vault:
                 hint="start the node again",
             )
         config = RunConfig.from_flat(letter.settings)
+        seed = config.privacy.noise_seed if self.settings.policy.seeded_noise else ""
         return Site(
             config=config.with_values({"train.device": device} if device else {}),
-            policy=self.policy,
+            policy=replace(self.policy, noise_seed=seed),
             store=self._store,
             index=data.node,
             name=self.name,
@@ -195,7 +199,7 @@ def serve(path: Path, tell: Callable[[Answered], None], ready: Callable[[Vault],
         most_bytes=vault.settings.vault.max_megabytes << 20,
     )
     try:
-        with _logging_to(socket.with_name(LOG)):
+        with _logging_to(socket.with_name(LOG)), _alone(vault.settings.vault.offline):
             import fedfuse.federation.preload  # noqa: F401  what a first request would wait for
 
             ready(vault)
@@ -275,6 +279,20 @@ def _note(vault: Vault, answered: Answered, tell: Callable[[Answered], None]) ->
     except OSError as error:
         _log.warning("the status cannot be written: %s", error.strerror)
     tell(answered)
+
+
+@contextmanager
+def _alone(offline: bool) -> Iterator[None]:
+    """Lets the hub's client, which reads this when it is loaded, ask nobody."""
+    before = os.environ.get(_OFFLINE)
+    if offline:
+        os.environ[_OFFLINE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_OFFLINE, None)
+        if before is not None:
+            os.environ[_OFFLINE] = before
 
 
 @contextmanager

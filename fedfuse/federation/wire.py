@@ -69,7 +69,6 @@ __all__ = [
     "decode",
     "encode",
     "event_of",
-    "record_bytes",
     "signed",
     "template_of",
 ]
@@ -173,13 +172,6 @@ def _read_header(name: str, array: Array) -> tuple[tuple[int, ...], bool, np.dty
         return (*read(stream), stream.tell())
     except (ValueError, KeyError, EOFError):
         raise WireError(f"weight {name!r} is not in NumPy's format") from None
-
-
-def record_bytes(record: RecordDict) -> int:
-    """The size of the arrays in a message."""
-    return sum(
-        len(array.data) for arrays in record.array_records.values() for array in arrays.values()
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

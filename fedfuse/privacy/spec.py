@@ -92,8 +92,9 @@ class PrivacyConfig:
     records_are_units: bool = False
     """Go on with unit "record" though subjects repeat in the manifest."""
     noise_seed: str = ""
-    """Simulations only: makes sampling and noise repeatable, and so removable by whoever knows
-    the seed. Empty: the operating system's entropy."""
+    """Makes sampling and noise repeatable, and so removable by whoever knows the seed: for
+    simulations. Real nodes refuse it, but in trials that say NOT PRIVATE. Empty: the operating
+    system's entropy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

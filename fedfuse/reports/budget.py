@@ -62,7 +62,7 @@ def of_run(path: Path) -> Facts:
     bare = Facts(
         kind="run",
         name=_named(config.name, path),
-        private=config.private,
+        private=folder.promises(),
         delta=config.privacy.delta,
         statements=(),
         accounts=(),
@@ -74,6 +74,15 @@ def of_run(path: Path) -> Facts:
         config=config,
         hashes=_hashes(path),
     )
+    if not bare.private and config.private:
+        return replace(
+            bare,
+            problems=(
+                *folder.problems,
+                "NOT PRIVATE: the noise follows from privacy.noise_seed, which the server knows: "
+                "it can take the noise off",
+            ),
+        )
     if not config.private:
         problems = ["the books have lines, though nothing was promised"] if events else []
         if claims.get("private"):

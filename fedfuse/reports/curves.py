@@ -100,7 +100,7 @@ def _read(run: Path) -> Curves:
     others = [name for name in names if name != "loss"]
     return Curves(
         name=config.name,
-        private=config.private,
+        private=folder.promises(),
         unit=config.privacy.unit,
         delta=config.privacy.delta,
         epsilon_allowed=config.privacy.epsilon,

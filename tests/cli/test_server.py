@@ -78,6 +78,7 @@ def test_a_server_that_does_not_run_says_so(
         (["register", "key", "--list"], 2, "one thing at a time"),
         (["register", "--remove", "somebody"], 7, "no node 'somebody'"),
         (["stop", "--run", "nothing"], 8, "no run of this server's"),
+        (["follow", "nothing"], 8, "no run of this server's"),
         (["init", "--host", "x"], 3, "never overwritten"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,6 +130,20 @@ def test_interruption_says_what_is_saved_and_how_to_go_on(run: Run, federation: 
     assert "interrupted; 2 of 3 rounds are saved in r\n" in result.err
     assert result.err.endswith("hint: go on with: fedfuse simulate --resume r\n")
     assert Path("r/plots/metrics.png").is_file()
+
+
+def test_interruption_after_the_last_round_says_that_the_run_is_finished(
+    run: Run, federation: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Fake.__call__
+
+    def stop(*given: Any, **named: Any) -> None:
+        whole(*given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fake, "__call__", stop)
+    result = run("simulate", "--out", "r", "--quiet")
+    assert result == Result(130, "", "interrupted when all was done: the run in r is finished\n")
 
 
 def test_interruption_before_the_first_round_says_that_nothing_is_saved(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from fedfuse.federation.newnode import Equipment, equip, node_file, prepared_store
-from fedfuse.federation.processes import Process, environment, free_port, program
+from fedfuse.federation.processes import Process, environment, free_port, program, wait_until
 from fedfuse.federation.serverdata import prepare_store
 from fedfuse.federation.serverfile import equip_server
 from fedfuse.federation.superlink import SuperLink
 from tests.federation.conftest import write_manifest
 
+ROOT = Path(__file__).resolve().parents[2]
 SCENARIO = {
     "name": "small",
     "model": {"dim": 8, "head_width": 8, "vector_width": 8},
@@ -107,3 +111,52 @@ class Federation:
             folder=folder,
             log=folder / "supernode.log",
         )
+
+
+def documented(page: str, **meant: object) -> list[list[str]]:
+    """The commands of the first block of docs/`page`, in order, each as words without "fedfuse".
+
+    `meant`: what stands for a word of the page; keys have "_" for what no name can hold.
+    """
+    text = (ROOT / "docs" / page).read_text()
+    block = text.split("```")[1].replace("\\\n", " ")
+    words = {re.sub(r"\W", "_", word): str(value) for word, value in meant.items()}
+    found = []
+    for line in block.strip().splitlines():
+        program, *rest = shlex.split(line, comments=True)
+        assert program == "fedfuse"
+        found.append([words.get(re.sub(r"\W", "_", word), word) for word in rest])
+    return found
+
+
+def says(process: Process, text: str) -> None:
+    """Returns once `process` has said `text`."""
+    assert process.log is not None
+    log = process.log
+    wait_until(lambda: text in log.read_text(errors="replace"), 60, f"{log} has no {text!r}")
+
+
+def wait_for_nodes(federation: Federation, nodes: list[Process]) -> None:
+    """Returns once all three are connected."""
+    wait_until(
+        lambda: [each["status"] for each in federation.link.nodes()] == ["online"] * 3,
+        120, "the nodes do not connect", *nodes,
+    )  # fmt: skip
+
+
+def processes(folder: Path) -> Iterator[int]:
+    """Those of servers and nodes in `folder`: Flower's folder in their environment says so."""
+    mark = b"FLWR_HOME=" + os.fsencode(folder)
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if any(word.startswith(mark) for word in path.read_bytes().split(b"\0")):
+                yield int(path.parent.name)
+        except OSError:
+            continue
+
+
+def words_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -45,7 +45,6 @@ SETTINGS = {
     "train.local_steps": 2,
     "privacy.declared_records": 30,
     "privacy.epsilon": 8.0,
-    "privacy.noise_seed": "a server's own idea",
     "federation.min_nodes": 2,
 }
 

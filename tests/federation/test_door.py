@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,35 @@ def test_an_answer_that_takes_too_long_is_not_waited_for(
     with pytest.raises(WireError, match="before the round was over"):
         forwarded(path, a_letter(deadline=time.time() + 0.1))
     silent.close()
+
+
+def test_a_request_that_is_too_large_is_told_with_the_setting_that_decides(
+    door: Door, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {"a": np.zeros(1 << 20, dtype=np.float32)}
+    large = Letter(kind="train", record=RecordDict({"arrays": encode(weights)}))
+    with pytest.raises(WireError, match=r"of 4,194,432 bytes: vault\.max_megabytes"):
+        forwarded(path, large, tries_s=5)
+    assert "at most 1,048,576 are taken" in caplog.text
+    assert echoed(path, 1)
+
+
+@pytest.mark.parametrize(("rate", "taken"), [(1e7, True), (1e9, False)])
+def test_a_large_answer_has_more_time_to_be_taken(path: Path, rate: float, taken: bool) -> None:
+    weights = encode({"a": np.zeros(2 << 20, dtype=np.float32)})  # 0.9 s, or 0.1
+    slow = Door(
+        path, clients=frozenset({os.getuid()}), most_bytes=1 << 20, patience_s=0.1, answer_rate=rate
+    )
+    with connect(path, seconds=5) as line:
+        send(line, a_letter(), seconds=5)
+        visit = next(slow.visits())
+        with ThreadPoolExecutor(1) as other:
+            answered = other.submit(visit.answer, RecordDict({"arrays": weights}))
+            time.sleep(0.4)
+            with contextlib.suppress(OSError):
+                receive(line, most_bytes=1 << 30, head_s=5, rate=1e6)
+            assert answered.result() is taken
+    slow.close()
 
 
 def test_no_vault_is_told_without_a_path(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ MakeConfig = Callable[..., RunConfig]
 
 @pytest.fixture(scope="module")
 def config(make_config: MakeConfig) -> RunConfig:
-    return make_config(privacy__declared_records=30)
+    return make_config(privacy__noise_seed="", privacy__declared_records=30)
 
 
 @pytest.fixture
@@ -257,13 +257,16 @@ def test_what_crashed_after_the_reservation_is_spent(
 def test_noise_does_not_follow_from_what_the_server_configures(
     clinic: Clinic, config: RunConfig
 ) -> None:
-    """Neither from its noise seed, nor by calling the run one without a promise."""
-    plain = config.with_values({"privacy.unit": "none"})
+    """Its noise seed is refused, and calling the run one without a promise changes no noise."""
+    said = clinic.said(clinic.request(), config.with_values({"privacy.noise_seed": "known"}))
+    assert said.startswith("refused: PrivacyError: privacy.noise_seed is set"), said
+    assert clinic.ledger().datasets() == ()
+    plain = clinic.config.with_values({"privacy.unit": "none"})
     digest = config_digest(plain)
     seen = []
     for run in range(4):
         asked = clinic.request(run=f"{run:032x}", rounds=1)
-        given = config if run < 2 else plain
+        given = clinic.config if run < 2 else plain
         if run >= 2:
             asked = signed(dataclasses.replace(asked, digest=digest), clinic.server)
         reply = clinic.answer(asked, given)
@@ -271,6 +274,27 @@ def test_noise_does_not_follow_from_what_the_server_configures(
         arrays = reply.array_records["arrays"]
         seen.append(b"".join(arrays[name].data for name in sorted(arrays)))
     assert len(set(seen)) == 4
+
+
+def test_a_trial_with_noise_from_a_seed_is_entered_as_no_promise(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """The same update from two nodes of one name, in the ledger for ever: NOT PRIVATE."""
+    seeded, seen = config.with_values({"privacy.noise_seed": "known"}), []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        clinic = Clinic.open(folder, config, seeded_noise=True)
+        for round in (1, 2):
+            reply = clinic.answer(clinic.request(round=round), seeded)
+            assert reply.config_records["config"]["status"] == "ok", reply.config_records
+            arrays = reply.array_records["arrays"]
+            seen.append(b"".join(arrays[name].data for name in sorted(arrays)))
+        kinds = [entry.kind for entry in clinic.ledger().entries()]
+        assert kinds == ["opened", "exposed", "exposed"]
+        assert clinic.vault is not None
+        assert clinic.vault.spent() is None  # no figure holds
+        assert "no promise holds for them any more" in clinic.said(clinic.request(run="b" * 32))
+    assert seen[:2] == seen[2:]
+    assert seen[0] != seen[1]
 
 
 def test_a_ledger_that_cannot_be_trusted_stops_the_node(clinic: Clinic, unread: list[int]) -> None:

@@ -93,7 +93,7 @@ def test_the_error_that_ended_a_run_ends_its_follower(link: SuperLink) -> None:
     assert caught.value.exit_code == 7
     assert "--resume" not in str(caught.value)  # it had not begun
     (run / "config.toml").touch()
-    lines = Follower(run / JOURNAL, start=True)
+    lines = Follower(run / JOURNAL, place=0)
     with pytest.raises(FedfuseError, match="--resume r") as caught:
         deploy.follow(link, deploy.Started(run, 7, lines), Watch())
 
@@ -105,6 +105,31 @@ def test_a_run_that_was_stopped_ends_its_follower_as_ctrl_c_does(link: SuperLink
     with pytest.raises(FedfuseError, match="the run was stopped") as caught:
         deploy.follow(link, deploy.Started(run, 7, lines), Watch())
     assert caught.value.exit_code == 130
+
+
+def test_a_run_is_followed_again_from_its_last_attempt(link: SuperLink) -> None:
+    run = link.server.runs / "r"
+    with pytest.raises(RunFolderError, match="no run of this server's"):
+        deploy.attach(link, run)
+    tickets.issue_ticket(run, 7)
+    journal = Journal(run)
+    for error in ("first", "second"):
+        journal.prepared(INFO)
+        journal.round_finished(RECORD)
+        journal.ended("failed", FederationError(error))
+    watch = Watch()
+    with pytest.raises(FedfuseError, match="second"):
+        deploy.follow(link, deploy.attach(link, run), watch)
+    assert len(watch.records) == 1
+    (run / "config.toml").touch()
+    watch = Watch()
+    with tickets.alone(run):  # and now a third, which has not told anything yet
+        started = deploy.attach(link, run)
+        assert list(started.lines.lines()) == []
+        journal.prepared(INFO)
+        journal.ended("finished")
+        assert deploy.follow(link, started, watch) == {}
+    assert watch.info == INFO
 
 
 def test_a_server_app_that_ends_without_a_word_is_noticed(link: SuperLink) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,25 @@ def test_a_process_ends_with_all_that_it_started_also_what_ignores_the_first_sig
     assert process.stop() == process.ended
 
 
+def test_a_process_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from fedfuse.federation.processes import Process\n"
+        "words = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "one = Process(words, environment=os.environ, folder=Path.cwd())\n"
+        "print(one.pid, flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        words = Path(f"/proc/{child}/cmdline")
+        wait_until(lambda: b"tether" not in words.read_bytes(), 20, "it has not become it")
+        assert running(child)
+        parent.kill()
+    wait_until(lambda: not running(child), 10, "the child lives on")
+
+
 def test_waiting_ends_when_the_process_does(tmp_path: Path) -> None:
     words = [sys.executable, "-c", "raise SystemExit(7)"]
     process = Process(words, environment=os.environ, folder=tmp_path, log=tmp_path / "log")
@@ -95,7 +115,7 @@ def test_a_port_answers_only_while_somebody_listens() -> None:
 def test_lines_of_a_file_come_once_and_whole(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("old\n")
-    lines, all_lines = Follower(log), Follower(log, start=True)
+    lines, all_lines = Follower(log), Follower(log, place=0)
     with log.open("a") as file:
         file.write("new\nhal")
     assert list(lines.lines()) == ["new"]

@@ -69,6 +69,7 @@ def config(make_config: MakeConfig, request: pytest.FixtureRequest) -> RunConfig
         privacy__declared_records=30,
         privacy__declared_subjects=30,
         train__rounds=1,
+        privacy__noise_seed="",
     )
 
 

@@ -36,7 +36,14 @@ from fedfuse.privacy import accounting
 from fedfuse.privacy.ledger import Ledger, verify
 from fedfuse.privacy.verification import read_heads
 from fedfuse.runfolder import RunFolder
-from tests.federation.deployment import Federation, fedfuse
+from tests.federation.deployment import (
+    Federation,
+    fedfuse,
+    processes,
+    says,
+    wait_for_nodes,
+    words_of,
+)
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,13 +61,6 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         yield made
     finally:
         made.link.stop()
-
-
-def says(process: Process, text: str) -> None:
-    """Returns once `process` has said `text`."""
-    assert process.log is not None
-    log = process.log
-    wait_until(lambda: text in log.read_text(errors="replace"), 60, f"{log} has no {text!r}")
 
 
 def test_a_run_needs_its_nodes_and_a_node_its_own_key(federation: Federation) -> None:
@@ -137,21 +137,13 @@ def test_a_run_outlives_the_superlink_and_its_own_server_app(federation: Federat
         # Nothing of all this talks to anybody but the SuperLink, and each node to itself.
         assert peers
         assert {peer.split(" ")[0] for peer in peers | more} == {"127.0.0.1"}
-        (app,) = [pid for pid in processes(federation) if b"flwr-serverapp" in words_of(pid)]
+        (app,) = [pid for pid in processes(federation.folder) if b"flwr-serverapp" in words_of(pid)]
         os.kill(app, signal.SIGKILL)
         wait_until(lambda: not is_conducted(run), 60, "the server app goes on")
         told = fedfuse(*words[3:], "--resume", run.name, "--json")
     summary = json.loads(told.stdout)
     assert (summary["status"], summary["engine"]) == ("finished", "superlink")
     check_books(federation, run, summary, done=2, broken_off=2)
-
-
-def wait_for_nodes(federation: Federation, nodes: list[Process]) -> None:
-    """Returns once all three are connected."""
-    wait_until(
-        lambda: [each["status"] for each in federation.link.nodes()] == ["online"] * 3,
-        120, "the nodes do not connect", *nodes,
-    )  # fmt: skip
 
 
 def start(federation: Federation, words: list[str], round: int) -> tuple[Path, set[str]]:
@@ -161,33 +153,15 @@ def start(federation: Federation, words: list[str], round: int) -> tuple[Path, s
     with Process(words, environment=os.environ, folder=federation.folder, log=log) as process:
         wait_until(lambda: "Flower's run" in log.read_text(), 120, "no run", process)
         run = Path(re.findall(r"^Flower's run \d+, in (.+)$", log.read_text(), re.M)[0])
-        lines = Follower(run / "progress.jsonl", start="--resume" not in words)
+        lines = Follower(run / "progress.jsonl", place=None if "--resume" in words else 0)
 
         def there() -> bool:
-            peers.update(*map(peers_of, processes(federation)))
+            peers.update(*map(peers_of, processes(federation.folder)))
             events = [json.loads(line) for line in lines.lines()]
             return any((e["event"], e.get("round")) == ("round-started", round) for e in events)
 
         wait_until(there, 300, f"round {round} does not start", process)
     return run, peers
-
-
-def processes(federation: Federation) -> Iterator[int]:
-    """Those of the server and of the nodes: Flower's folder in their environment says so."""
-    mark = b"FLWR_HOME=" + os.fsencode(federation.folder)
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if any(word.startswith(mark) for word in path.read_bytes().split(b"\0")):
-                yield int(path.parent.name)
-        except OSError:
-            continue
-
-
-def words_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def peers_of(pid: int) -> set[str]:

@@ -166,6 +166,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_config: MakeConfig, tmp_pat
         np.testing.assert_array_equal(value, expected[name])
 
 
+def test_a_signal_after_the_last_round_leaves_a_finished_run(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    class Late(Silent):
+        def round_finished(self, record: RoundRecord) -> None:
+            if record.round == record.rounds:
+                raise KeyboardInterrupt
+
+    summary = simulate(make_config(train__rounds=1), tmp_path / "run", observer=Late())
+    assert summary["status"] == "finished"
+    assert RunFolder.open(tmp_path / "run").summary() == summary
+
+
 @pytest.mark.slow
 def test_without_a_seed_a_round_broken_off_stays_spent(
     make_config: MakeConfig, tmp_path: Path

@@ -23,7 +23,8 @@ from fedfuse.federation.door import Door
 from fedfuse.federation.flower import received, with_id
 from fedfuse.federation.forward import make_forwarder
 from fedfuse.federation.framing import Letter
-from fedfuse.federation.vault import Answered, serve
+from fedfuse.federation.packing import packed, unpacked
+from fedfuse.federation.vault import Answered, Vault, serve
 from tests.federation.clinic import Clinic
 
 MakeConfig = Callable[..., RunConfig]
@@ -68,11 +69,13 @@ def open_vault(
 
 
 def through_flower(clinic: Clinic, record: RecordDict, kind: str = "train") -> RecordDict:
-    """What comes back from the app in clinics' bundles, as Flower calls it."""
+    """What comes back from the app in clinics' bundles, as Flower calls it, packed both ways."""
     message = with_id(Message(RecordDict(), dst_node_id=1, message_type=kind))
     socket = str(clinic.folder / "door" / "vault.sock")
     context = Context(1, 1, {"vault": socket}, RecordDict(), clinic.config.to_flat())
-    return make_forwarder()(received(record, message.metadata), context).content
+    reply = make_forwarder()(received(packed(record), message.metadata), context).content
+    assert all(len(arrays) == 1 for arrays in reply.array_records.values())
+    return unpacked(reply)
 
 
 def test_the_update_is_that_of_a_simulated_node(
@@ -130,6 +133,26 @@ def test_each_answer_is_told_and_left_for_the_operator_alone(
     assert json.loads(status.read_text())["problem"] == nonsense.problem
     for name in (vaults.STATUS, vaults.LOG):
         assert (status.with_name(name).stat().st_mode & 0o777) == 0o600
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_no_hub_is_asked_for_weights_unless_the_operator_says_so(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    clinic = Clinic.open(tmp_path / "clinic", config)
+    with (clinic.folder / "node.toml").open("a") as file:
+        file.write(f"\n[vault]\noffline = {str(offline).lower()}\n")
+    found: list[str] = []
+
+    def ready(vault: Vault) -> None:
+        found.append(os.environ["HF_HUB_OFFLINE"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(clinic.folder / "node.toml", lambda _: None, ready)
+    assert found == ["1" if offline else "0"]
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
 
 
 def test_a_bundle_with_a_fedfuse_of_its_own_is_refused(

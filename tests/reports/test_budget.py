@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fedfuse.privacy.accounting import Relation
 from fedfuse.privacy.spec import Unit
 from fedfuse.reports.assumptions import Verdict
 from fedfuse.reports.budget import of_ledger, of_run
+from fedfuse.reports.certificate import certify
 from fedfuse.reports.facts import Facts, releases
 from fedfuse.reports.figures import rounds_left
 from fedfuse.reports.together import together
@@ -174,6 +176,20 @@ def test_a_server_that_adds_the_noise_gets_no_guarantee_against_it(tmp_path: Pat
     assert public.epsilon == accounting.epsilon([dataclasses.replace(NODE, steps=2)], DELTA)
     assert "Nothing is promised against the server" in facts.sentence
     assert facts.problems == ()
+
+
+def test_real_nodes_whose_noise_the_server_knows_are_not_private(tmp_path: Path) -> None:
+    """Only a summary that names all the data, as a simulation's does, shows that it was one."""
+    for name, more in (("real", {"fingerprint": ""}), ("broken-off", {"summary": False})):
+        run = write_run(tmp_path / name, rounds(2, "a"), privacy__noise_seed="s", **more)
+        facts = of_run(run)
+        assert (facts.private, facts.accounts) == (False, ())
+        assert facts.sentence.startswith("NOT PRIVATE")
+        (problem,) = facts.problems
+        assert "it can take the noise off" in problem
+        with pytest.raises(PrivacyError, match="NOT PRIVATE"):
+            certify([facts], now=datetime.now(UTC))
+    assert of_run(write_run(tmp_path / "made", rounds(2, "a"), privacy__noise_seed="s")).private
 
 
 # ---- assumptions

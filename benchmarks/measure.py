@@ -13,15 +13,15 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Measured", "machine", "measure", "medians"]
+__all__ = ["Kind", "Measured", "Watch", "machine", "measure", "medians"]
 
 _LOOK_S = 0.1
 _PSS_EVERY = 3
-_MARK = "FEDFUSE_BENCHMARK"
+_MARK = "BENCHMARK"
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -53,7 +53,7 @@ def measure(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> 
         stderr=subprocess.PIPE,
         text=True,
     )
-    watch = _Watch(f"{_MARK}={mark}".encode())
+    watch = Watch(f"{_MARK}={mark}".encode())
     watch.start()
     out, told = process.communicate()
     wall = time.perf_counter() - began
@@ -93,20 +93,58 @@ def machine() -> str:
     return f"{time.strftime('%Y-%m-%d')}, {cores} cores, CPU, {memory:.0f} GiB of memory"
 
 
-class _Watch(threading.Thread):
-    def __init__(self, mark: bytes) -> None:
+@dataclass(slots=True)
+class Kind:
+    """What processes of one kind took."""
+
+    most: int = 0
+    """At once."""
+    peak: int = 0
+    """The highest PSS of one of them, in bytes."""
+    cpu: float = 0.0
+    """Seconds, of all."""
+
+
+class Watch(threading.Thread):
+    """Looks at all processes with `mark` in their environment until `stop`.
+
+    look_s  seconds between looks; memory is seen at each third one
+    kind    from a command line and a name to what a process is called in `kinds`
+    each    called with each look at memory
+    """
+
+    def __init__(
+        self,
+        mark: bytes,
+        *,
+        look_s: float = _LOOK_S,
+        kind: Callable[[Sequence[str], str], str] = lambda words, name: "",
+        each: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(daemon=True)
-        self._mark = mark
+        self._mark, self._look_s, self._kind, self._each = mark, look_s, kind, each
         self._end = threading.Event()
         self._ours: dict[tuple[int, str], bool] = {}
         self._ticks: dict[tuple[int, str], int] = {}
+        self._first: dict[tuple[int, str], int] = {}
+        self._names: dict[tuple[int, str], str] = {}
+        self._kinds: dict[str, Kind] = {}
         self.peak = 0
         self.most = 0
 
     @property
     def cpu(self) -> float:
-        """Seconds."""
-        return sum(self._ticks.values()) / _TICKS
+        """Seconds, since the first look."""
+        return sum(self._ticks[key] - self._first[key] for key in self._ticks) / _TICKS
+
+    def kinds(self) -> dict[str, Kind]:
+        """What each kind of process took since the first look."""
+        for found in self._kinds.values():
+            found.cpu = 0.0
+        for key, name in self._names.items():
+            ticks = self._ticks[key] - self._first[key]
+            self._kinds.setdefault(name, Kind()).cpu += ticks / _TICKS
+        return self._kinds
 
     def stop(self) -> None:
         """Ends it."""
@@ -116,14 +154,25 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         looks = 0
         while not self._end.is_set():
-            there = self._look()
+            there = self._look(first=looks == 0)
             if looks % _PSS_EVERY == 0:
-                self.peak = max(self.peak, sum(_pss(number) for number in there))
+                self._weigh(there)
+                self._each()
             self.most = max(self.most, len(there))
             looks += 1
-            self._end.wait(_LOOK_S)
+            self._end.wait(self._look_s)
 
-    def _look(self) -> list[int]:
+    def _weigh(self, there: Sequence[tuple[int, str]]) -> None:
+        sizes = {key: _pss(key[0]) for key in there}
+        self.peak = max(self.peak, sum(sizes.values()))
+        counts: dict[str, int] = {}
+        for key, size in sizes.items():
+            name = self._names[key] = self._kind(*_called(key[0])) if size else self._names[key]
+            counts[name] = counts.get(name, 0) + 1
+            found = self._kinds.setdefault(name, Kind())
+            found.peak, found.most = max(found.peak, size), max(found.most, counts[name])
+
+    def _look(self, *, first: bool) -> list[tuple[int, str]]:
         there = []
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
@@ -139,8 +188,21 @@ class _Watch(threading.Thread):
                 continue
             if self._ours[key]:
                 self._ticks[key] = int(fields[11]) + int(fields[12])
-                there.append(key[0])
+                self._first.setdefault(key, self._ticks[key] if first else 0)
+                if key not in self._names:
+                    self._names[key] = self._kind(*_called(key[0]))
+                there.append(key)
         return there
+
+
+def _called(number: int) -> tuple[list[str], str]:
+    """A process's command line, and its name."""
+    folder = Path(f"/proc/{number}")
+    try:
+        words = (folder / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+        return words, (folder / "comm").read_text().strip()
+    except OSError:
+        return [], ""
 
 
 def _pss(number: int) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,14 +18,18 @@ from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.models.missing import drop_modalities
 from fedfuse.models.shifts import shift_records
 from fedfuse.privacy.central import noisy_count, private_update, unclipped
+from fedfuse.privacy.dpsgd import (
+    Loss,
+    Part,
+    PrivateOptimizer,
+    RecordGradients,
+    prepare,
+    private_step,
+    set_hooks,
+)
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
 from fedfuse.privacy.spec import REST, Mechanism, Unit, clip_shares
-
-if TYPE_CHECKING:
-    from fedfuse.privacy.dpsgd import Loss, Part, RecordGradients
-# Loaded where a private step is taken: Opacus brings torch.distributed and SciPy's statistics with
-# it, which is half of the time to start, and the process that conducts a run takes no such step.
 
 __all__ = ["Job", "Ran", "Records", "Trainer", "Weights", "optimizer_of", "pick_device"]
 
@@ -207,7 +211,7 @@ class Trainer:
             self.trainable,
             clip_norm=C,
             noise_multiplier=mechanism.sum_noise * share,
-            stream=NoiseStream(secret, "noise"),
+            stream=NoiseStream(secret, "noise", threads=torch.get_num_threads()),
         )
         if not mechanism.count_noise:
             return Ran(), bounded
@@ -218,8 +222,6 @@ class Trainer:
 
     def parts(self, shares: str) -> tuple[list[Part], list[Part]]:
         """The parts to clip by (none where C is not shared out), and all parts of the model."""
-        from fedfuse.privacy.dpsgd import Part
-
         part_of = getattr(self.model, "part_of", None)
         if part_of is None:
             if shares:
@@ -246,8 +248,6 @@ class Trainer:
         secret: bytes,
         subjects: NDArray[np.int64] | None,
     ) -> Ran:
-        from fedfuse.privacy.dpsgd import PrivateOptimizer, private_step
-
         model = self._prepared(job.clipping)
         parts, watched = self.parts(job.clip_shares)
         private = PrivateOptimizer(
@@ -255,7 +255,7 @@ class Trainer:
             noise_multiplier=mechanism.sum_noise,
             clip_norm=mechanism.clip_norm,
             expected_batch=job.expected_batch,
-            stream=NoiseStream(secret, "noise"),
+            stream=NoiseStream(secret, "noise", threads=torch.get_num_threads()),
             parts=parts,
             watched=watched,
             count_noise=mechanism.count_noise,
@@ -323,8 +323,6 @@ class Trainer:
 
     def _prepared(self, clipping: str) -> RecordGradients:
         """The model ready for private steps, which it is made once for each way of clipping."""
-        from fedfuse.privacy.dpsgd import prepare, set_hooks
-
         if clipping not in self._ready:
             self._ready[clipping] = prepare(self.model, clipping)
         self.hooks_off()
@@ -335,8 +333,6 @@ class Trainer:
         """The model as it is without private steps."""
         if not self._ready:
             return
-        from fedfuse.privacy.dpsgd import set_hooks
-
         for ready in self._ready.values():
             set_hooks(ready, on=False)
 

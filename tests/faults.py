@@ -57,6 +57,7 @@ HOSTILE = "tests/federation/test_hostile.py::"
 RELEASES = "tests/federation/test_releases.py::"
 ACCOUNT = "tests/privacy/test_accounting.py::"
 MASKING = "tests/federation/test_masking.py::"
+MASKED_NODES = "tests/federation/test_masked_nodes.py::"
 STACKED = "tests/test_stacked.py::"
 
 FAULTS = (
@@ -336,6 +337,83 @@ FAULTS = (
         tests=(
             f"{MASKING}test_a_server_that_tells_two_stories_of_who_is_left_gets_no_shares",
             f"{MASKING}test_a_signature_for_other_keys_opens_nothing",
+        ),
+    ),
+    Fault(
+        line=5,
+        name="peers-with-one-key",
+        file="fedfuse/federation/masking/peers.py",
+        old="        if key in names:\n",
+        new="        if not key:\n",
+        tests=(f"{MASKED_NODES}test_a_file_of_peers_is_read_strictly",),
+    ),
+    Fault(
+        line=5,
+        name="masks-for-whoever-asks",
+        file="fedfuse/federation/masking/seat.py",
+        old="if self.servers is not None and server not in self.servers:",
+        new="if False:",
+        tests=(f"{MASKED_NODES}test_terms_of_a_server_that_the_node_does_not_answer_are_refused",),
+    ),
+    Fault(
+        line=5,
+        name="masks-begun-twice",
+        file="fedfuse/federation/masking/unfinished.py",
+        old="        if request in self._begun:\n",
+        new="        if not request:\n",
+        tests=(
+            f"{MASKED_NODES}"
+            "test_a_second_announcement_for_a_request_is_refused_and_the_first_stands",
+        ),
+    ),
+    Fault(
+        line=5,
+        name="unfinished-masks-without-bound",
+        file="fedfuse/federation/masking/unfinished.py",
+        old="while len(self._members) > self._most:",
+        new="while len(self._members) > 2**self._most:",
+        tests=(f"{MASKED_NODES}test_a_server_that_begins_many_rounds_fills_no_memory",),
+    ),
+    Fault(
+        line=5,
+        name="count-beside-a-masked-update",
+        file="fedfuse/federation/masking/seat.py",
+        old="(mechanism.unit is not Unit.NODE or mechanism.count_noise)",
+        new="mechanism.unit is not Unit.NODE",
+        tests=(f"{MASKED_NODES}test_under_masks_no_count_leaves_and_no_other_unit",),
+    ),
+    Fault(
+        line=5,
+        name="liars-among-the-nodes-forgotten",
+        file="fedfuse/federation/masking/seat.py",
+        old="        if bad < self.colluders:\n",
+        new="        if bad < 0:\n",
+        tests=(f"{MASKED_NODES}test_rounds_that_too_many_liars_could_undo_are_refused",),
+    ),
+    Fault(
+        line=5,
+        name="masks-required-but-not-asked-for",
+        file="fedfuse/federation/policy.py",
+        old="== (REFUSED if masked else REQUIRED):",
+        new="== (REFUSED if masked else REFUSED + REQUIRED):",
+        tests=(f"{MASKED_NODES}test_a_node_that_requires_masks_gives_nothing_without_them",),
+    ),
+    Fault(
+        line=5,
+        name="share-of-noise-without-masks",
+        file="fedfuse/federation/policy.py",
+        old="(request.job.noise_nodes > 1 and not masked)",
+        new="(request.job.noise_nodes > 1 and masked)",
+        tests=(f"{MASKED_NODES}test_a_share_of_noise_alone_leaves_only_under_masks",),
+    ),
+    Fault(
+        line=7,
+        name="spent-before-masks-are-there",
+        file="fedfuse/federation/node.py",
+        old="            seat.check(request)\n",
+        new="            pass\n",
+        tests=(
+            f"{MASKED_NODES}test_training_before_its_masks_are_there_is_refused_and_costs_nothing",
         ),
     ),
     Fault(

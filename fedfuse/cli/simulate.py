@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
@@ -136,13 +138,8 @@ def _run(
 
     ready = _with_data(config, demo_dir)
     try:
+        federate = _loaded(config)
         with progress(quiet=quiet) as view:
-            if config.federation.engine == "loopback":
-                from fedfuse.federation.warm import warm_up
-
-                warm_up()  # loads torch in one process while this one does
-            from fedfuse.federation.simulate import simulate as federate
-
             summary = federate(ready, run, observer=view, resume=resume, ledgers=ledgers)
     except KeyboardInterrupt:
         _say_what_is_saved(config, run)
@@ -153,6 +150,20 @@ def _run(
     if summary["status"] == "interrupted":
         _say_what_is_saved(config, run)
         raise typer.Exit(130)
+
+
+def _loaded(config: RunConfig) -> Callable[..., dict[str, Any]]:
+    """`simulate`, with all that it needs; and where workers are needed, what they are forked from,
+    while this process has one thread."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads, which nothing here uses
+    from fedfuse.federation.simulate import simulate as federate
+
+    if config.federation.engine == "loopback":
+        import fedfuse.federation.preload  # noqa: F401
+        from fedfuse.federation.warm import copy_of_this
+
+        copy_of_this()
+    return federate
 
 
 def _resumed(run: Path, flags: Flags, out: Path | None) -> RunConfig:

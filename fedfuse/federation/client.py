@@ -70,7 +70,7 @@ def make_client_app(
         if roster is None:
             raise ConfigError("this run shares no masks", where="federation.secure_aggregation")
         seat = roster.seat(_index(context), config, context.state)
-        return Message(seat.answer(message.content), reply_to=message)
+        return Message(seat.answer(message.content).to_record(), reply_to=message)
 
     return SimulatedApp(train, stage)
 

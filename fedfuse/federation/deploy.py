@@ -22,6 +22,7 @@ from fedfuse.config import RunConfig
 from fedfuse.errors import FederationError, FedfuseError, RunFolderError
 from fedfuse.federation.bundle import write_bundle
 from fedfuse.federation.journal import JOURNAL, is_event, replay
+from fedfuse.federation.masking.peers import read_peers
 from fedfuse.federation.observer import Observer
 from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.processes import Follower
@@ -61,11 +62,14 @@ def launch(link: SuperLink, config: RunConfig, run: Path, *, resume: bool) -> St
         )
     check_pinned(config)
     RunFolder.check(run, config, resume=resume)
-    nodes = link.nodes()
+    nodes, among = link.nodes(), ""
+    if config.federation.secure_aggregation:
+        peers = read_peers(server.peers)
+        nodes, among = [n for n in nodes if n["name"] in peers], f" named in {server.peers.name}"
     online = [node for node in nodes if node["status"] == "online"]
     if len(online) < config.federation.min_nodes:
         raise FederationError(
-            f"{len(online)} of {len(nodes)} registered nodes are connected, but "
+            f"{len(online)} of {len(nodes)} registered nodes{among} are connected, but "
             f"{config.federation.min_nodes} are needed",
             where="federation.min_nodes",
             hint="let the others be started, or lower federation.min_nodes",

@@ -30,6 +30,7 @@ from flwr.app import RecordDict
 from fedfuse.errors import ConfigError, FederationError, WireError
 from fedfuse.federation.framing import Letter, nearby, receive, send
 from fedfuse.federation.locks import hold, is_held
+from fedfuse.federation.packing import record_bytes
 
 __all__ = ["Door", "Visit", "is_guarded"]
 
@@ -49,12 +50,14 @@ class Visit:
     letter: Letter
     _line: socket.socket
     _patience_s: float
+    _rate: float
 
     def answer(self, record: RecordDict) -> bool:
         """Sends the answer, and ends the visit; whether it was taken."""
         with self._line:
             try:
-                send(self._line, Letter(kind="reply", record=record), seconds=self._patience_s)
+                seconds = self._patience_s + record_bytes(record) / self._rate
+                send(self._line, Letter(kind="reply", record=record), seconds=seconds)
             except OSError:
                 return False
             return True
@@ -80,7 +83,8 @@ class Door:
 
     clients     the users who may knock, by number
     most_bytes  of a letter's arrays
-    patience_s  for a letter's head, and for an answer to be taken; arrays get `rate` bytes a second
+    patience_s  for a letter's head, and for an answer to be taken; a letter's arrays have a second
+                for `rate` bytes beyond that, an answer's, while others wait, for `answer_rate`
 
     Raises ConfigError where others could put a socket of their own in its place, and
     FederationError where another vault holds it.
@@ -94,9 +98,11 @@ class Door:
         most_bytes: int,
         patience_s: float = 10.0,
         rate: float = 1e6,
+        answer_rate: float = 1e7,
     ) -> None:
         self._path, self._clients = path, clients
         self._most, self._patience, self._rate = most_bytes, patience_s, rate
+        self._answer_rate = answer_rate
         self._letters: queue.SimpleQueue[Visit | None] = queue.SimpleQueue()
         self._reading: dict[socket.socket, float] = {}
         self._waiting = 0
@@ -197,7 +203,7 @@ class Door:
             stays = self._reading.pop(line, None) is not None and letter is not None
             self._waiting += stays
         if stays and letter is not None:
-            self._letters.put(Visit(letter, line, self._patience))
+            self._letters.put(Visit(letter, line, self._patience, self._answer_rate))
         else:
             line.close()
 

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fedfuse.errors import ConfigError, FederationError, WireError
 from fedfuse.federation.framing import Letter, connect, receive, send
+from fedfuse.federation.packing import packed, record_bytes, unpacked
 
 __all__ = ["forwarded", "make_forwarder"]
 
@@ -66,6 +67,13 @@ def forwarded(path: Path, letter: Letter, *, tries_s: float = _TRIES_S) -> Lette
     with door:
         try:
             send(door, letter, seconds=_SEND_S)
+        except OSError:
+            size = record_bytes(letter.record)
+            raise WireError(
+                f"the node's vault broke off within a request of {size:,} bytes: "
+                "vault.max_megabytes in its node.toml says how many it takes, its log why"
+            ) from None
+        try:
             return receive(door, most_bytes=_MOST_REPLY, head_s=_patience(letter), rate=1e6)
         except TimeoutError:
             raise WireError("the node's vault gave no answer before the round was over") from None
@@ -79,8 +87,8 @@ def _carried(kind: str, message: Message, context: Context) -> Message:
         raise ConfigError(
             "the node's settings lack vault, the path of its vault's socket", where="node config"
         )
-    letter = Letter(kind=kind, record=message.content, settings=context.run_config)
-    return Message(forwarded(Path(path), letter).record, reply_to=message)
+    letter = Letter(kind=kind, record=unpacked(message.content), settings=context.run_config)
+    return Message(packed(forwarded(Path(path), letter).record), reply_to=message)
 
 
 def _patience(letter: Letter) -> float:

@@ -1,7 +1,7 @@
 """What goes between an app bundle's process and a node's vault, byte by byte.
 
     letter   "fedfuse", protocol | bytes of the head | bytes of the arrays | head | arrays
-    head     JSON: kind, version, package, settings, records
+    head     JSON: kind, version, package, settings, records; bytes in a record as {"bytes": base64}
     arrays   their bytes, one after the other
 
 One letter each way over a Unix socket, and no pickle: a letter is read into plain records, which
@@ -13,6 +13,7 @@ Loads neither torch nor data: the bundle's process is started anew for each mess
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -24,14 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 import fedfuse
 from fedfuse.errors import WireError
+from fedfuse.federation.packing import outline, rebuilt
 
 __all__ = ["MOST_HEAD", "PACKAGE", "Letter", "connect", "nearby", "receive", "send"]
 
-PROTOCOL = 1
+PROTOCOL = 2
 PACKAGE = str(Path(fedfuse.__file__).resolve().parent)
 """Where the fedfuse lies that this process runs."""
 MOST_HEAD = 2 << 20
@@ -62,8 +64,7 @@ def send(door: socket.socket, letter: Letter, *, seconds: float) -> None:
     records: dict[str, Any] = {}
     for name, part in letter.record.items():
         if isinstance(part, ArrayRecord):
-            held = [(key, a.dtype, a.shape, a.stype, len(a.data)) for key, a in part.items()]
-            records[name] = ["arrays", held]
+            records[name] = ["arrays", outline(part)]
             arrays += [array.data for array in part.values()]
         else:
             records[name] = ["config" if isinstance(part, ConfigRecord) else "metrics", dict(part)]
@@ -74,10 +75,7 @@ def send(door: socket.socket, letter: Letter, *, seconds: float) -> None:
         "settings": dict(letter.settings),
         "records": records,
     }
-    try:
-        head = json.dumps(tree).encode()
-    except TypeError:
-        raise WireError("a message holds bytes where the protocol has none") from None
+    head = json.dumps(tree, default=_encoded).encode()
     if len(head) > MOST_HEAD:
         raise WireError("a message's names and settings take more than the protocol allows")
     end = time.monotonic() + seconds
@@ -155,16 +153,10 @@ def _letter(tree: dict[str, Any], body: memoryview) -> Letter:
     for name, (kind, held) in tree.pop("records").items():
         match kind:
             case "arrays":
-                part: Any = ArrayRecord()
-                for key, dtype, shape, stype, size in held:
-                    _check(dtype, str), _check(stype, str), _check(size, int)
-                    if not 0 <= size <= len(body) - place:
-                        raise ValueError(size)
-                    shape = tuple(_check(n, int) for n in shape)
-                    part[key] = Array(dtype, shape, stype, bytes(body[place : place + size]))
-                    place += size
+                part: Any
+                part, place = rebuilt(held, body, place)
             case "config":
-                part = ConfigRecord(held)
+                part = ConfigRecord({key: _decoded(value) for key, value in held.items()})
             case "metrics":
                 part = MetricRecord(held)
             case _:
@@ -175,15 +167,30 @@ def _letter(tree: dict[str, Any], body: memoryview) -> Letter:
     settings = tree.pop("settings")
     if not all(isinstance(value, _SCALARS) for value in settings.values()):
         raise TypeError("settings")
-    words = {name: _check(tree.pop(name), str) for name in ("kind", "version", "package")}
+    words = {name: _word(tree.pop(name)) for name in ("kind", "version", "package")}
     if tree:
         raise KeyError(min(tree))
     return Letter(**words, record=record, settings=settings)
 
 
-def _check(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(kind)
+def _encoded(value: bytes) -> dict[str, str]:
+    return {"bytes": base64.b64encode(value).decode()}
+
+
+def _decoded(value: Any) -> Any:
+    """A record's value, with its bytes. Raises ValueError or TypeError."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    if isinstance(value, dict):
+        if set(value) != {"bytes"}:
+            raise ValueError(value)
+        return base64.b64decode(value["bytes"], validate=True)
+    return value
+
+
+def _word(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(value)
     return value
 
 

@@ -21,7 +21,8 @@ import fedfuse
 from fedfuse.data.prepare import fingerprint_of, open_node
 from fedfuse.errors import ConfigError, FederationError, FedfuseError, PrivacyError
 from fedfuse.federation.door import is_guarded
-from fedfuse.federation.newnode import node_key
+from fedfuse.federation.masking.peers import known_to, read_peers
+from fedfuse.federation.newnode import node_key, node_name
 from fedfuse.federation.nodefile import NodeFile
 from fedfuse.federation.processes import program
 from fedfuse.federation.vault import Vault
@@ -69,6 +70,7 @@ def inspect(path: Path, *, online: bool = True) -> Iterator[Look]:
         "data": lambda: _data(settings),
         "ledger": lambda: _ledger(settings),
         "budget": lambda: _budget(path, settings),
+        "masks": lambda: _masks(settings),
         "vault": lambda: _vault(settings),
         "device": lambda: _device(settings),
         "disk": lambda: _disk(path),
@@ -180,6 +182,20 @@ def _budget(path: Path, settings: NodeFile) -> _Found:
     if found >= most:
         return WRONG, text, "nothing is left to spend on these records"
     return OK, text, ""
+
+
+def _masks(settings: NodeFile) -> _Found:
+    masks, rule = settings.masks, settings.policy.secure_aggregation
+    if not masks.peers:
+        return OK, f"none are shared, as masks.peers is empty; {rule}", ""
+    key, peers = SigningKey.load(Path(masks.key)), Path(masks.peers)
+    known = known_to(node_name(settings), key, read_peers(peers), where=masks.peers)
+    if stat.S_IMODE(peers.stat().st_mode) & 0o022:
+        return WRONG, f"others may write {peers}", f"chmod 644 {peers}"
+    found = f"{rule}, with {len(known) - 1} other nodes; this one is {key.public[:12]}..."
+    if len(known) <= masks.colluders + 2:
+        return NOTE, found, f"too few for masks.colluders = {masks.colluders}"
+    return OK, found, ""
 
 
 def _vault(settings: NodeFile) -> _Found:

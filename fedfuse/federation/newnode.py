@@ -2,6 +2,7 @@
 
     node.toml       the operator's decisions, see `nodefile`
     ledger          with nothing spent, and ledger.pem, the key that signs it
+    identity.pem    by which other nodes know it where updates leave under masks
     supernode.key   by which the server knows the node: P-384, OpenSSH, as Flower wants it
     supernode.pub   its public half, to be registered at the server
     ca.pem          what vouches for the server; a copy of the one that was named
@@ -23,15 +24,25 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedfuse.config import RunConfig
-from fedfuse.data.prepare import Prepared, prepare
+from fedfuse.data.prepare import Prepared, open_node, prepare
 from fedfuse.errors import ConfigError, FederationError, FedfuseError
 from fedfuse.federation.door import is_guarded
+from fedfuse.federation.masking.peers import identity_line
 from fedfuse.federation.nodefile import NodeFile
 from fedfuse.privacy import disk
 from fedfuse.privacy.ledger import Ledger
 from fedfuse.privacy.signing import SigningKey, public_key
 
-__all__ = ["NODE_FILE", "Equipment", "equip", "node_file", "node_key", "prepared_store"]
+__all__ = [
+    "NODE_FILE",
+    "Equipment",
+    "equip",
+    "node_file",
+    "node_key",
+    "node_name",
+    "own_identity",
+    "prepared_store",
+]
 
 NODE_FILE = "node.toml"
 _TEMPLATE = Path(__file__).with_name("node.example.toml")
@@ -115,6 +126,24 @@ def prepared_store(path: Path, manifest: Path, scenario: Path | None) -> Prepare
     return prepared
 
 
+def node_name(settings: NodeFile) -> str:
+    """What servers and other nodes call the node. Raises DataError where only its data knows it."""
+    return settings.name or open_node(Path(settings.data.store), settings.data.node)[0]
+
+
+def own_identity(settings: NodeFile) -> tuple[str, bool]:
+    """The node's line in the files of its peers, and whether its key was made just now.
+
+    Raises ConfigError where node.toml names no key, PrivacyError where it cannot be had.
+    """
+    if not settings.masks.key:
+        raise ConfigError("masks.key is missing", hint='set key = "identity.pem" under [masks]')
+    path = Path(settings.masks.key)
+    new = not path.exists()
+    key = SigningKey.create(path) if new else SigningKey.load(path)
+    return identity_line(node_name(settings), key.public), new
+
+
 def node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The key by which a server knows the node. Raises ConfigError."""
     try:
@@ -154,6 +183,7 @@ def _equip(folder: Path, what: Equipment) -> str:
     line = _make_key(folder / "supernode.key", what.name)
     disk.create(folder / "supernode.pub", line.encode() + b"\n")
     SigningKey.create(folder / "ledger.pem")
+    SigningKey.create(folder / "identity.pem")
     Ledger.create(folder / "ledger", node=what.name, key=folder / "ledger.pem", anchor=what.anchor)
     return line
 

@@ -1,7 +1,8 @@
 """One node's answer to one request, the same in a simulation and on a real node.
 
     1  the request is read strictly, and refused if it is late or of another run
-    2  the node's own policy is asked about all but the cost: who asks, for what, how much
+    2  the node's own policy is asked about all but the cost: who asks, for what, how much; and,
+       where updates leave under masks, whether those are there and protect it
     3  the model is counted before it is built, the weights are checked against it, and the model is
        seen to keep made-up records apart
     4  the round is entered in the books as reserved, if they and the rest of the run as announced
@@ -171,7 +172,12 @@ def _answering(record: RecordDict, site: Site, books: Books) -> _Node:
         if site.config.federation.secure_aggregation and site.seat is None:
             raise PrivacyError("updates of this run leave under masks, and this node shares none")
         counts = site.config.federation.weighting == "examples"
-        mechanism = site.policy.check(request, dataset.schema, counts=counts)
+        seat = site.seat
+        mechanism = site.policy.check(
+            request, dataset.schema, counts=counts, masked=seat is not None
+        )
+        if seat is not None:
+            seat.check(request)
         if mechanism is not None:
             site.policy.check_seed(site.config.privacy.noise_seed)
         if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:
@@ -189,7 +195,7 @@ def _answering(record: RecordDict, site: Site, books: Books) -> _Node:
             request.check_time()
             books.expose(name, request)
         dataset = with_features(dataset, trainer.model, trainer.device)
-        job, seat = request.job, site.seat
+        job = request.job
         if seat is not None:  # clipped, but not noised: its noise is whole numbers
             job = dataclasses.replace(job, noise_by="server")
         secret = _secret(site, request, name)

@@ -18,7 +18,7 @@ from pathlib import Path
 from fedfuse.batch import TargetKind
 from fedfuse.config import toml, typed
 from fedfuse.errors import ConfigError
-from fedfuse.federation.policy import OUTPUTS, UPDATE, Policy
+from fedfuse.federation.policy import ALLOWED, MASKS, OUTPUTS, REQUIRED, UPDATE, Policy
 from fedfuse.privacy.signing import public_key
 from fedfuse.privacy.spec import Unit
 
@@ -61,7 +61,18 @@ class _Policy:
     outputs: tuple[str, ...] = (UPDATE,)
     trust_server: bool = False
     records_are_units: bool = False
+    secure_aggregation: str = ALLOWED
     seeded_noise: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Masks:
+    key: str = ""
+    """The private key by which the other nodes know this one."""
+    peers: str = ""
+    """Their public keys, see `masking.peers`. Empty: this node shares no masks."""
+    colluders: int = 1
+    """How many of them may work together with the server: a round that stands fewer is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +109,7 @@ class NodeFile:
     data: _Data = field(default_factory=_Data)
     ledger: _Ledger = field(default_factory=_Ledger)
     policy: _Policy = field(default_factory=_Policy)
+    masks: _Masks = field(default_factory=_Masks)
     vault: _Vault = field(default_factory=_Vault)
     superlink: _Superlink = field(default_factory=_Superlink)
 
@@ -129,6 +141,9 @@ class NodeFile:
                 anchor=absolute(self.ledger.anchor),
             ),
             policy=replace(self.policy, servers=tuple(servers)),
+            masks=replace(
+                self.masks, key=absolute(self.masks.key), peers=absolute(self.masks.peers)
+            ),
             vault=replace(self.vault, socket=absolute(self.vault.socket)),
             superlink=replace(
                 self.superlink,
@@ -156,6 +171,7 @@ class NodeFile:
             modalities=frozenset(policy.modalities) or None,
             servers=None if servers == (ANY,) else frozenset(map(public_key, servers)),
             outputs=frozenset(policy.outputs),
+            secure_aggregation=policy.secure_aggregation,
         )
 
     def clients(self) -> frozenset[int]:
@@ -194,6 +210,27 @@ class NodeFile:
         ):
             if unknown := [word for word in found if word not in known]:
                 yield f"policy.{name} has {unknown[0]!r}", f"it may hold {', '.join(known)}"
+        masks = self.masks
+        if policy.secure_aggregation not in MASKS:
+            yield (
+                f"policy.secure_aggregation = {policy.secure_aggregation!r}",
+                (f"it may be {', '.join(MASKS)}"),
+            )
+        if policy.secure_aggregation == REQUIRED and policy.unit not in (Unit.NODE, Unit.NONE):
+            yield (
+                f'policy.secure_aggregation = "{REQUIRED}", but updates of unit "{policy.unit}" '
+                "carry all their noise and never leave under masks",
+                'take unit "node", or "allowed"',
+            )
+        if policy.secure_aggregation == REQUIRED and not masks.peers:
+            yield (
+                f'policy.secure_aggregation = "{REQUIRED}", but masks.peers is missing',
+                "name the file with the other nodes' identities, see docs/secure-aggregation.md",
+            )
+        if masks.peers and not masks.key:
+            yield "masks.peers is given, but masks.key is missing", "see node.example.toml"
+        if masks.colluders < 0:
+            yield f"masks.colluders = {masks.colluders}, but it must be 0 or more", ""
         if not 0 < self.vault.max_megabytes <= 1 << 20:
             yield f"vault.max_megabytes = {self.vault.max_megabytes}, but it must be from 1 on", ""
         if not self.vault.socket:

@@ -17,11 +17,24 @@ from fedfuse.federation.wire import TrainRequest
 from fedfuse.privacy import accounting
 from fedfuse.privacy.spec import Mechanism, PrivacyConfig, Unit
 
-__all__ = ["OUTPUTS", "RECORD_COUNT", "UPDATE", "Policy", "scrubbed"]
+__all__ = [
+    "ALLOWED",
+    "MASKS",
+    "OUTPUTS",
+    "RECORD_COUNT",
+    "REFUSED",
+    "REQUIRED",
+    "UPDATE",
+    "Policy",
+    "scrubbed",
+]
 
 UPDATE, RECORD_COUNT = "update", "record-count"
 OUTPUTS = (UPDATE, RECORD_COUNT)
 """What may leave a node at all. Losses, metrics and norms never do."""
+ALLOWED, REQUIRED, REFUSED = "allowed", "required", "refused"
+MASKS = (ALLOWED, REQUIRED, REFUSED)
+"""Whether updates may, must or must not leave under masks."""
 
 _PATH = re.compile(r"(?:[A-Za-z]:)?(?:~|\.{0,2})[/\\][^\s'\",;:()]+")
 
@@ -52,6 +65,8 @@ class Policy:
     servers: frozenset[str] | None = None
     """Public keys; a request must be signed by one of them."""
     outputs: frozenset[str] = frozenset({UPDATE})
+    secure_aggregation: str = ALLOWED
+    """One of MASKS."""
 
     @classmethod
     def of(cls, privacy: PrivacyConfig) -> Policy:
@@ -67,16 +82,20 @@ class Policy:
             outputs=frozenset(OUTPUTS if unit is Unit.NONE else (UPDATE,)),
         )
 
-    def check(self, request: TrainRequest, schema: Schema, *, counts: bool) -> Mechanism | None:
+    def check(
+        self, request: TrainRequest, schema: Schema, *, counts: bool, masked: bool = False
+    ) -> Mechanism | None:
         """The mechanism to run, if all but its cost is allowed; None where nothing is promised.
 
         schema  what this node's records are
         counts  whether the answer would carry the number of records
+        masked  whether it leaves under masks: then the server need not be trusted with a share of
+                the noise, since it sees sums alone
 
         Raises PrivacyError: another promise, or a limit. Looks at no record.
         """
         request.check_signature()
-        for what, hint in self._faults(request, schema, counts):
+        for what, hint in self._faults(request, schema, counts, masked):
             raise PrivacyError(what, hint=hint)
         mechanism = request.job.mechanism
         if self.unit is Unit.NONE and mechanism is None:
@@ -94,10 +113,11 @@ class Policy:
             if not low <= value <= high:
                 bound = f"at least {low:g}" if value < low else f"at most {high:g}"
                 raise PrivacyError(f"{name} = {value:g} is asked for, but this node allows {bound}")
-        if mechanism.unit is Unit.NODE and self._leaves_noise(request) and not self.trust_server:
+        bare = self._leaves_noise(request, masked)
+        if mechanism.unit is Unit.NODE and bare and not self.trust_server:
             raise PrivacyError(
                 "this node does not trust the server with updates that carry too little noise",
-                hint="ask with noise_by = nodes and noise_nodes = 1",
+                hint="ask with noise_by = nodes, and noise_nodes = 1 or secure_aggregation",
             )
         return mechanism
 
@@ -140,7 +160,7 @@ class Policy:
         return decide
 
     def _faults(
-        self, request: TrainRequest, schema: Schema, counts: bool
+        self, request: TrainRequest, schema: Schema, counts: bool, masked: bool
     ) -> Iterator[tuple[str, str]]:
         """(what, hint) of each limit that the request does not keep, besides the mechanism's."""
         if self.servers is not None and request.server not in self.servers:
@@ -166,9 +186,14 @@ class Policy:
         needed = {UPDATE, *((RECORD_COUNT,) if counts else ())}
         if missing := needed - self.outputs:
             yield f"{min(missing)} is not allowed to leave this node", ""
+        if self.secure_aggregation == (REFUSED if masked else REQUIRED):
+            yield (
+                f"updates leave this node {'without' if masked else 'under'} masks only",
+                f"ask with federation.secure_aggregation = {'false' if masked else 'true'}",
+            )
 
-    def _leaves_noise(self, request: TrainRequest) -> bool:
-        return request.job.noise_by == "server" or request.job.noise_nodes > 1
+    def _leaves_noise(self, request: TrainRequest, masked: bool) -> bool:
+        return request.job.noise_by == "server" or (request.job.noise_nodes > 1 and not masked)
 
 
 def scrubbed(error: BaseException) -> str:

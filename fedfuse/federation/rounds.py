@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,14 +18,14 @@ from flwr.serverapp import Grid
 
 from fedfuse.config import RunConfig, TrainConfig
 from fedfuse.errors import ConfigError, FederationError
-from fedfuse.federation.flower import replies
+from fedfuse.federation.flower import GridView, replies
 from fedfuse.federation.gathering import Mean
 from fedfuse.federation.masking.conduct import MaskedRound
+from fedfuse.federation.packing import record_bytes
 from fedfuse.federation.strategy import Aggregate, GuardedStrategy
 from fedfuse.federation.wire import (
     TrainRequest,
     Weights,
-    record_bytes,
     template_of,
 )
 from fedfuse.privacy.spec import Mechanism, Unit
@@ -75,6 +75,7 @@ def federate(
     connected: int = 1,
     mean_of: Callable[[Weights, int, int], Mean | None] = lambda weights, round, asked: None,
     masks_of: MasksOf | None = None,
+    listed: Mapping[int, str] | None = None,
 ) -> None:
     """Runs the rounds `first` to `last`, from `weights`.
 
@@ -86,17 +87,19 @@ def federate(
     `ask`: from the round and the weights to what each node is asked. `names`: of nodes by number,
     completed here as they answer. `mean_of`: from the weights, the round and the number of nodes
     asked to what aggregates a round with unit "node". `masks_of`: to a round whose
-    updates come masked. `connected`: how many nodes to wait for
-    before the first round.
+    updates come masked. `listed`: by number, the names of the only nodes to ask. `connected`: how
+    many nodes to wait for before the first round.
     Raises FederationError where too few nodes come, or too few updates are good.
     """
     template = template_of(weights)
     timeout = config.federation.round_timeout_s
-    _wait_for_nodes(grid, connected, timeout)
+    _wait_for_nodes(grid, connected, timeout, listed)
     for round in range(first, last + 1):
         request = ask(round, weights)
-        messages = strategy.configure_train(request, grid, seed=config.seed)
+        view = grid if listed is None else GridView(grid, _there(grid, listed))
+        messages = strategy.configure_train(request, view, seed=config.seed)
         nodes = [message.metadata.dst_node_id for message in messages]
+        names |= {node: listed[node] for node in nodes} if listed is not None else {}
         asked = {node: names.get(node, f"node {node}") for node in nodes}
         listener.round_starts(request, asked)
         end = time.monotonic() + timeout
@@ -139,10 +142,17 @@ def federate(
         )
 
 
-def _wait_for_nodes(grid: Grid, count: int, timeout: float) -> None:
+def _there(grid: Grid, listed: Mapping[int, str] | None) -> list[int]:
+    """The nodes that are connected, of those that may be asked."""
+    return [node for node in grid.get_node_ids() if listed is None or node in listed]
+
+
+def _wait_for_nodes(
+    grid: Grid, count: int, timeout: float, listed: Mapping[int, str] | None
+) -> None:
     """Returns once `count` nodes are connected; Flower itself would wait for ever."""
     end = time.monotonic() + timeout
-    while (there := len(list(grid.get_node_ids()))) < count:
+    while (there := len(_there(grid, listed))) < count:
         if time.monotonic() > end:
             raise FederationError(
                 f"{there} nodes are connected after {timeout:g} s, but {count} are needed",

@@ -14,14 +14,18 @@ from fedfuse.config import RunConfig
 from fedfuse.data.prepare import open_split
 from fedfuse.data.reading import open_reading
 from fedfuse.errors import ConfigError
+from fedfuse.federation.flower import PackedGrid
 from fedfuse.federation.journal import Journal
+from fedfuse.federation.masking.peers import listed_nodes, read_peers
 from fedfuse.federation.pinning import check_pinned
 from fedfuse.federation.session import Session
-from fedfuse.federation.settle import settle
+from fedfuse.federation.settle import masked_assumptions, settle
 from fedfuse.federation.summary import summarise
 from fedfuse.federation.tickets import (
     KEY_VARIABLE,
+    NODES_VARIABLE,
     OUT_VARIABLE,
+    PEERS_VARIABLE,
     RUNS_VARIABLE,
     STORE_VARIABLE,
     alone,
@@ -96,6 +100,12 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
     key = os.environ.get(KEY_VARIABLE)
     signer = SigningKey.load(Path(key)) if key else None
     settled = settle(config, mean_records=None)
+    assumptions, identities, listed = settled.assumptions, None, None
+    if config.federation.secure_aggregation:
+        identities, listed = _members()
+        assumptions += masked_assumptions(
+            config, len(listed), least=min(max(config.federation.min_nodes, 2), len(listed))
+        )
     test = open_split(store, "test")
     has_valid = (store / "valid").is_dir()
     resume = (path / "config.toml").exists()
@@ -111,6 +121,8 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
         reading=open_reading(store),
         observer=journal,
         key=signer,
+        identities=identities,
+        listed=listed,
         removable=settled.config.private and bool(config.privacy.noise_seed),
         last=config.train.rounds,
     )
@@ -118,13 +130,13 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
     connected = tuple(f"node {node}" for node in sorted(grid.get_node_ids()))
     journal.prepared(
         session.info(
-            engine=ENGINE, nodes=connected, workers=1, assumptions=settled.assumptions, notes=notes
+            engine=ENGINE, nodes=connected, workers=1, assumptions=assumptions, notes=notes
         )
     )
     status, problem = "finished", ""
     try:
         if session.first <= session.last:
-            session.conduct(grid)
+            session.conduct(PackedGrid(grid))
     except Exception as error:
         status, problem = "failed", str(error)
         raise
@@ -139,8 +151,24 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
                 session,
                 status=status,
                 problem=problem,
-                assumptions=settled.assumptions,
+                assumptions=assumptions,
                 notes=notes,
                 engine=ENGINE,
             )
         )
+
+
+def _members() -> tuple[dict[str, str], dict[int, str]]:
+    """Of the nodes whose updates come under masks: identities by name, and names by number.
+
+    Raises ConfigError where they are not known.
+    """
+    peers, nodes = os.environ.get(PEERS_VARIABLE), os.environ.get(NODES_VARIABLE)
+    if not peers or not nodes:
+        raise ConfigError(
+            f"{PEERS_VARIABLE} and {NODES_VARIABLE} are not set, but updates are to come masked",
+            where="environment",
+            hint="`fedfuse server start` sets them: the nodes' identities, and who is registered",
+        )
+    identities = read_peers(Path(peers))
+    return identities, listed_nodes(Path(nodes), identities)

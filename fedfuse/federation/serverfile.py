@@ -6,6 +6,7 @@
     store/           the public test records, see `fedfuse server prepare`
     runs/            a folder for each run
     nodes.json       which nodes were registered, under which names
+    peers.toml       identities of nodes whose updates come under masks, see `masking.peers`
     state/           Flower's own: its database and what its programs keep
     superlink.log    what the SuperLink and the runs' server apps say
 
@@ -61,6 +62,8 @@ signing = "signing.pem"
 [places]
 store = "store"
 runs = "runs"
+# Needed where updates come under masks: the file of identities that the nodes have.
+peers = "peers.toml"
 
 [metrics]
 # Prometheus reads http://127.0.0.1:PORT/metrics there while the server is started. 0: nobody does.
@@ -93,6 +96,7 @@ class _Keys:
 class _Places:
     store: str = "store"
     runs: str = "runs"
+    peers: str = "peers.toml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +159,16 @@ class ServerFile:
     def store(self) -> Path:
         """Where the prepared test records are."""
         return self.path(self.settings.places.store)
+
+    @property
+    def registered(self) -> Path:
+        """Which nodes may connect, by Flower's number."""
+        return self.path("nodes.json")
+
+    @property
+    def peers(self) -> Path:
+        """Which nodes' updates come under masks."""
+        return self.path(self.settings.places.peers)
 
     @property
     def log(self) -> Path:

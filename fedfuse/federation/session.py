@@ -79,6 +79,8 @@ class Session:
     """Signs what nodes are asked."""
     identities: Mapping[str, str] | None = None
     """By name, the public keys of nodes whose updates come masked; None: no masks."""
+    listed: Mapping[int, str] | None = None
+    """By number, the names of the nodes that may be asked; None: of all that are connected."""
     removable: bool = False
     """Whether real nodes make their noise from a seed that the server knows: NOT PRIVATE."""
     spent: Spent = field(default_factory=Spent)
@@ -94,8 +96,8 @@ class Session:
     def __post_init__(self) -> None:
         if self.config.federation.secure_aggregation and self.identities is None:
             raise ConfigError(
-                "federation.secure_aggregation = true, but only simulated nodes share masks",
-                hint="set it to false; with privacy.noise_nodes = 1 the server need not be trusted",
+                "federation.secure_aggregation = true, but no node's identity is known",
+                where="federation",
             )
         self.task = Task.of(self.schema.target, self.config.model)
         self._trainer = new_trainer(self.config, self.schema)
@@ -199,6 +201,7 @@ class Session:
             connected=len(self.nodes) or self.config.federation.min_nodes,
             mean_of=self._mean_of,
             masks_of=self._masks_of if self.identities is not None else None,
+            listed=self.listed,
         )
 
     def _ask(self, round: int, weights: Weights) -> TrainRequest:
@@ -375,6 +378,7 @@ class Session:
             start=weights,
             trained=self._trainer.trainable,
             divisor=len(names) if self.mechanism is not None else 0,
+            key=self.key,
         )
 
     def _adapt(self, outcome: Outcome) -> None:

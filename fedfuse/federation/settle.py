@@ -89,21 +89,28 @@ def settle(
     )
 
 
-def masked_assumptions(config: RunConfig, nodes: int) -> tuple[str, ...]:
-    """What masks take as given, where `nodes` are connected. Raises ConfigError for too few."""
+def masked_assumptions(config: RunConfig, nodes: int, *, least: int = 0) -> tuple[str, ...]:
+    """What masks take as given, where `nodes` are connected; or from `least` to so many, each of
+    which is then covered. Raises ConfigError for too few."""
     federation, privacy = config.federation, config.privacy
-    asked = max(federation.min_nodes, round(federation.fraction * nodes), 1)
-    if not 2 <= asked <= min(nodes, MOST_NODES):
-        raise ConfigError(
-            f"{asked} nodes are asked in a round, but masks need 2 to {min(nodes, MOST_NODES)}",
-            where="federation.secure_aggregation",
-            hint="take more nodes, or another federation.fraction",
-        )
-    threshold = max(threshold_for(asked), federation.min_nodes)
-    bad = colluders(asked, threshold, privacy.noise_nodes if config.private else 0)
+    rounds = []
+    for there in range(least or nodes, nodes + 1):
+        asked = max(federation.min_nodes, round(federation.fraction * there), 1)
+        if not 2 <= asked <= min(there, MOST_NODES):
+            raise ConfigError(
+                f"{asked} nodes are asked in a round, but masks need 2 to {min(there, MOST_NODES)}",
+                where="federation.secure_aggregation",
+                hint="take more nodes, or another federation.fraction",
+            )
+        threshold = max(threshold_for(asked), federation.min_nodes)
+        shares = privacy.noise_nodes if config.private else 0
+        rounds.append((asked, threshold, colluders(asked, threshold, shares)))
+    few, many = min(rounds)[0], max(rounds)[0]
+    asked_text = f"{few}" if few == many else f"{few} to {many}"
+    threshold, bad = min(t for _, t, _ in rounds), min(c for _, _, c in rounds)
     noise = "each adds its share of the noise, and " if config.private else ""
     return (
-        f"the server, though it may lie, sees only sums of {threshold} or more of the {asked} "
+        f"the server, though it may lie, sees only sums of {threshold} or more of the {asked_text} "
         f"updates of a round, as long as it works together with at most {bad} of these nodes; "
         f"{noise}they know each other's public keys by another way than the server",
         "the masks are computationally secure: X25519, HKDF-SHA256, ChaCha20, Ed25519",

@@ -31,13 +31,19 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from fedfuse.errors import FederationError
 from fedfuse.federation.processes import Process, environment, program, wait_until
 from fedfuse.federation.serverfile import ServerFile
-from fedfuse.federation.tickets import KEY_VARIABLE, RUNS_VARIABLE, STORE_VARIABLE
+from fedfuse.federation.tickets import (
+    KEY_VARIABLE,
+    NODES_VARIABLE,
+    PEERS_VARIABLE,
+    RUNS_VARIABLE,
+    STORE_VARIABLE,
+)
 from fedfuse.privacy import disk
 
 __all__ = ["SuperLink"]
 
 _CONNECTION = "here"
-_PIDS, _NODES = "state/superlink.json", "nodes.json"
+_PIDS = "state/superlink.json"
 _START_S, _STOP_S, _CALL_S = 120.0, 20.0, 120.0
 _LOOK_S = 0.5
 _SAYINGS = (
@@ -79,6 +85,8 @@ class SuperLink:
             STORE_VARIABLE: str(server.store),
             RUNS_VARIABLE: str(server.runs),
             KEY_VARIABLE: str(server.path(server.settings.keys.signing)),
+            NODES_VARIABLE: str(server.registered),
+            PEERS_VARIABLE: str(server.peers),
         }
         folder, log = server.home, server.log
         variables = environment(server.home, settings)
@@ -240,7 +248,7 @@ class SuperLink:
         return number
 
     def _registered(self) -> dict[str, dict[str, str]]:
-        path = self.server.path(_NODES)
+        path = self.server.registered
         try:
             return dict(json.loads(path.read_text()))
         except FileNotFoundError:
@@ -249,7 +257,7 @@ class SuperLink:
             raise FederationError("it cannot be read", where=str(path), hint="restore it") from None
 
     def _keep(self, nodes: dict[str, dict[str, str]]) -> None:
-        disk.replace(self.server.path(_NODES), json.dumps(nodes, indent=1).encode())
+        disk.replace(self.server.registered, json.dumps(nodes, indent=1).encode())
 
     def _flwr(self, *words: str) -> dict[str, Any]:
         """What a command of Flower's says, as JSON. Raises FederationError."""

@@ -20,7 +20,9 @@ from fedfuse.privacy import disk
 
 __all__ = [
     "KEY_VARIABLE",
+    "NODES_VARIABLE",
     "OUT_VARIABLE",
+    "PEERS_VARIABLE",
     "RUNS_VARIABLE",
     "STORE_VARIABLE",
     "alone",
@@ -39,6 +41,10 @@ OUT_VARIABLE = "FEDFUSE_OUT"
 """The folder of the one run, where a SuperLink is started by hand for one run."""
 KEY_VARIABLE = "FEDFUSE_KEY"
 """A real server's private key, in PEM: nodes answer servers whose public keys they know."""
+NODES_VARIABLE = "FEDFUSE_NODES"
+"""Which nodes are registered, by Flower's number: masks need names before a node is asked."""
+PEERS_VARIABLE = "FEDFUSE_PEERS"
+"""The identities of nodes whose updates come under masks."""
 _FOLDER = ".flower"
 _TICKET_S, _LOCK_S, _LOOK_S = 60.0, 2.0, 0.2
 _ORPHAN_S = 20.0

@@ -28,12 +28,18 @@ from fedfuse.errors import FederationError, PrivacyError, WireError
 from fedfuse.federation.books import Books, LedgerBooks, SeededBooks, StateBooks
 from fedfuse.federation.door import Door
 from fedfuse.federation.framing import PACKAGE, Letter
+from fedfuse.federation.masking.conduct import MESSAGE_TYPE
+from fedfuse.federation.masking.peers import known_to, read_peers
+from fedfuse.federation.masking.seat import Seat, StageReply
+from fedfuse.federation.masking.unfinished import InMemory
 from fedfuse.federation.node import Site, answer, refusal
 from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.policy import REFUSED, scrubbed
 from fedfuse.federation.spending import worst
-from fedfuse.federation.wire import TrainReply, TrainRequest
+from fedfuse.federation.wire import CONFIG, TrainReply, TrainRequest, config_digest
 from fedfuse.privacy import disk
 from fedfuse.privacy.ledger import Ledger
+from fedfuse.privacy.signing import SigningKey
 
 __all__ = ["LOG", "STATUS", "Answered", "Vault", "serve"]
 
@@ -54,8 +60,10 @@ class Answered:
     run: str
     round: int
     rounds: int
-    """Empty and 0 where the request could not be read."""
+    """Empty and 0 where the request could not be read, or was about masks."""
     steps: int
+    stage: str
+    """Of masks; else empty."""
     status: str
     """As in a TrainReply, or "lost" where nobody took the answer: what it cost stays spent."""
     problem: str
@@ -92,11 +100,22 @@ class Vault:
                 anchor=Path(file.anchor) if file.anchor else None,
             )
             self._books = LedgerBooks(self._ledger, self._dataset, alone=not data.dataset)
+        self._unfinished = InMemory()
+        masks = self.settings.masks
+        self._key: SigningKey | None = None
+        self._identities: dict[str, str] = {}
+        if masks.peers:
+            self._key = SigningKey.load(Path(masks.key))
+            peers = read_peers(Path(masks.peers))
+            self._identities = known_to(self.name, self._key, peers, where=masks.peers)
 
-    def hear(self, letter: Letter) -> TrainReply:
+    def hear(self, letter: Letter) -> TrainReply | StageReply:
         """The reply to a letter; never raises, and what it says of errors is scrubbed."""
+        stage = _stage(letter) if letter.kind == MESSAGE_TYPE else ""
         try:
             _check_sender(letter)
+            if stage:
+                return self._masks(letter)
             if letter.kind != "train":  # a loss, a metric, a count: each would be a release
                 raise PrivacyError(
                     "a node gives no metrics and answers no queries about its records"
@@ -106,6 +125,8 @@ class Vault:
             return answer(letter.record, site, books)
         except Exception as error:
             _log.warning("%s: %s", self.name, error, exc_info=error)
+            if stage:
+                return StageReply(stage=stage, problem=scrubbed(error))
             return refusal(error, self.name)
 
     def spent(self) -> float | None:
@@ -134,6 +155,32 @@ class Vault:
             store=self._store,
             index=data.node,
             name=self.name,
+            seat=self._seat(config),
+        )
+
+    def _masks(self, letter: Letter) -> StageReply:
+        """The answer to a stage of masks. Raises a FedfuseError where this node shares none."""
+        seat = self._seat(RunConfig.from_flat(letter.settings))
+        if seat is None or self.policy.secure_aggregation == REFUSED:
+            raise PrivacyError(
+                "this run shares no masks, or this node does not",
+                hint="masks.peers and policy.secure_aggregation in node.toml",
+            )
+        return seat.answer(letter.record)
+
+    def _seat(self, config: RunConfig) -> Seat | None:
+        """The node's place in a run whose updates leave under masks, if it shares any."""
+        if self._key is None or not config.federation.secure_aggregation:
+            return None
+        return Seat(
+            name=self.name,
+            key=self._key,
+            identities=self._identities,
+            digest=config_digest(config),
+            clip_norm=config.privacy.clip_norm,
+            unfinished=self._unfinished,
+            servers=self.policy.servers,
+            colluders=self.settings.masks.colluders,
         )
 
 
@@ -161,9 +208,16 @@ def serve(path: Path, tell: Callable[[Answered], None], ready: Callable[[Vault],
                 reply = vault.hear(visit.letter)
                 taken = visit.answer(reply.to_record())
                 seconds = time.monotonic() - began
-                _note(vault, _answered(vault, visit.letter, reply, taken, seconds), tell)
+                if isinstance(reply, TrainReply) or reply.problem or not taken:
+                    _note(vault, _answered(vault, visit.letter, reply, taken, seconds), tell)
     finally:
         door.close()
+
+
+def _stage(letter: Letter) -> str:
+    """What a letter says that it is about in masks; empty where it says nothing of the kind."""
+    told = letter.record.config_records.get(CONFIG)
+    return str(told.get("stage", ""))[:40] if told is not None else ""
 
 
 def _check_sender(letter: Letter) -> None:
@@ -186,7 +240,7 @@ def _check_sender(letter: Letter) -> None:
 
 
 def _answered(
-    vault: Vault, letter: Letter, reply: TrainReply, taken: bool, seconds: float
+    vault: Vault, letter: Letter, reply: TrainReply | StageReply, taken: bool, seconds: float
 ) -> Answered:
     try:
         request = TrainRequest.from_record(letter.record)
@@ -206,6 +260,7 @@ def _answered(
         round=round,
         rounds=rounds,
         steps=steps,
+        stage=reply.stage if isinstance(reply, StageReply) else "",
         status=reply.status if taken else "lost",
         problem=reply.problem,
         epsilon=epsilon,

@@ -1,15 +1,27 @@
-"""The process that workers are forked from, begun early: it loads torch while others do something.
+"""The process that workers are forked from: made once, with all that they need loaded in it.
 
-Standard library only, so that it can be begun before anything else is loaded.
+Where this process has one thread, that process is a copy of it (`fork`): what is loaded here is
+loaded there, in the same memory. Where it has more (numpy's products, CUDA, somebody's own), a copy
+could inherit a lock that nobody would ever open, so a new process is begun, which loads everything
+by itself.
+
+Standard library only, so that a new process can be begun before anything else is loaded.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
-from multiprocessing import forkserver
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
 
-__all__ = ["context", "warm_up"]
+__all__ = ["context", "copy_of_this", "warm_up"]
 
 _PRELOAD = ["fedfuse.federation.preload"]
 
@@ -25,3 +37,49 @@ def warm_up() -> None:
     """Begins to load what workers need, in a process of its own; returns at once."""
     context()
     forkserver.ensure_running()
+
+
+def copy_of_this() -> bool:
+    """Makes the process that workers are forked from a copy of this one, which has loaded all that
+    they need; whether that was possible. Does nothing where there is such a process."""
+    if len(list(Path("/proc/self/task").glob("*"))) != 1:
+        return False
+    multiprocessing.get_context("forkserver").set_forkserver_preload([])
+    gc.collect()
+    gc.freeze()  # a collection would write to every object, and so copy the memory they share
+    resource_tracker.ensure_running()  # a small process of its own
+    with _forking():
+        forkserver.ensure_running()
+    return True
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    """Whatever multiprocessing would begin as a new Python, is begun as a copy of this one."""
+    util: Any = multiprocessing.util
+    before = util.spawnv_passfds
+
+    def fork(_: object, words: Sequence[str], kept: Sequence[int]) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            util.spawnv_passfds = before
+            first = 3
+            for number in sorted(kept):  # as in a new process; the pipe that says that the
+                os.closerange(first, number)  # parent is there must be the parent's alone
+                first = number + 1
+            os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+            exec(words[-1], {})  # "-c", and what multiprocessing would have run
+            status = 0
+        finally:
+            os._exit(status)
+
+    util.spawnv_passfds = fork
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = before

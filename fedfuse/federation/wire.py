@@ -26,6 +26,8 @@
                     problem                    an error's class, and its text if that was made of
                                                public settings; no path, no trace
 
+Where updates leave under masks, keys and shares of them go both ways too: see masking.messages.
+
 No loss, no metric, no count of records or of present modalities leaves a private node: each would
 be a release of its own. A message is read strictly: what is not named here is refused, and weights
 must have the model's own names, shapes and types, and be finite.
@@ -67,7 +69,6 @@ __all__ = [
     "decode",
     "encode",
     "event_of",
-    "record_bytes",
     "signed",
     "template_of",
 ]
@@ -171,13 +172,6 @@ def _read_header(name: str, array: Array) -> tuple[tuple[int, ...], bool, np.dty
         return (*read(stream), stream.tell())
     except (ValueError, KeyError, EOFError):
         raise WireError(f"weight {name!r} is not in NumPy's format") from None
-
-
-def record_bytes(record: RecordDict) -> int:
-    """The size of the arrays in a message."""
-    return sum(
-        len(array.data) for arrays in record.array_records.values() for array in arrays.values()
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,8 +34,8 @@ from flwr.clientapp import ClientApp
 from fedfuse.federation.books import DurableContext
 from fedfuse.federation.client import WORKER_VARIABLE, SimulatedApp
 from fedfuse.federation.flower import RUN_ID, received, take_identity
+from fedfuse.federation.packing import record_bytes
 from fedfuse.federation.shared import Packed, Sheet
-from fedfuse.federation.wire import record_bytes
 
 __all__ = ["FAILED", "REPLY_SHEETS", "Answer", "Task", "work"]
 

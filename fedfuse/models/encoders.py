@@ -101,7 +101,7 @@ class PlaneEncoder(Encoder):
             inner, inner_h, inner_w = out, -(-inner_h // stride), -(-inner_w // stride)
         self.convolutions = nn.Sequential(*layers)
         grid = (min(4, inner_h), min(4, inner_w))
-        self.pool = nn.AdaptiveAvgPool2d(grid)
+        self.pool = nn.Identity() if grid == (inner_h, inner_w) else nn.AdaptiveAvgPool2d(grid)
         self.register_buffer("rows", cosines(height, terms), persistent=False)
         self.register_buffer("columns", cosines(width_in, terms), persistent=False)
         fixed = channels * len(self.rows) * len(self.columns)

@@ -1,8 +1,10 @@
 """One private step: per-record gradients clipped, summed, noised, divided.
 
 The clipped sums come from one backward pass (`clipping/bookkeeping.py`), or from the per-record
-gradients of Opacus's hooks (`GradSampleModule`). The order of a step is Opacus's (`DPOptimizer`).
-Three things are replaced in it, each for a reason:
+gradients of Opacus's hooks (`GradSampleModule`). The order of a step is that of Opacus's
+`DPOptimizer`, and without noise its numbers are the same (a test compares them). Opacus itself is
+loaded where its hooks are asked for: it takes seconds and 100 MB. Three things are other than in
+its step, each for a reason:
 
     clipping  a record whose gradient is not finite counts as zero, so that one broken record
               neither stops the step nor escapes the bound
@@ -37,13 +39,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
-from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from fedfuse.batch import Batch
@@ -52,6 +52,9 @@ from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.safety import check_model
 from fedfuse.privacy.sums import Sums
+
+if TYPE_CHECKING:
+    from opacus.grad_sample import GradSampleModule
 
 __all__ = [
     "Loss",
@@ -67,7 +70,7 @@ __all__ = [
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs (B, C), target (B,)) -> loss of each record (B,)."""
 
-RecordGradients: TypeAlias = BookKeeping | GradSampleModule
+RecordGradients: TypeAlias = "BookKeeping | GradSampleModule"
 """A model that gives the gradients of single records, by either way of `prepare`."""
 
 
@@ -89,6 +92,8 @@ def with_record_gradients(model: nn.Module) -> GradSampleModule:
     The model's loss must be a sum over records, never a mean: a mean would scale each record's
     gradient by the number drawn.
     """
+    from opacus.grad_sample import GradSampleModule
+
     check_model(model, clipping="hooks")
     # A first layer's inputs need no gradient; torch says so at each step, and it is no problem.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -111,8 +116,11 @@ class Part:
     """The part is clipped at share * C; the squares of all shares add up to at most 1."""
 
 
-class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus's DPOptimizer with our clipping, noise stream and public divisor."""
+class PrivateOptimizer:
+    """An optimizer whose gradients are clipped sums with noise over a public divisor.
+
+    ``p.grad_sample`` and ``p.summed_grad`` are as with Opacus's DPOptimizer.
+    """
 
     def __init__(
         self,
@@ -129,17 +137,15 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         """`noise_multiplier`: of the sum alone. `parts`: clipped each by itself; none: all as one.
         `watched`: the parts whose signal `signal` tells; none: those that are clipped.
         `count_noise`: sigma_b of the count of unclipped units; 0: nothing is counted."""
-        super().__init__(
-            optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=clip_norm,
-            expected_batch_size=1,  # scale_grad below divides
-            loss_reduction="sum",
-        )
+        self.original_optimizer = optimizer
+        self.noise_multiplier, self.max_grad_norm = noise_multiplier, clip_norm
         self.divisor = expected_batch
         self.stream = stream
-        self._params = super().params
-        self._sums = Sums(self._params)
+        self.params: list[Any] = [
+            p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+        ]
+        """The parameters; `Part.places` count them."""
+        self._sums = Sums(self.params)
         self.parts = tuple(parts) or (Part(name="all", places=tuple(range(len(self.params)))),)
         self.watched = tuple(watched) or self.parts
         if sorted(i for part in self.parts for i in part.places) != list(range(len(self.params))):
@@ -151,15 +157,10 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         """A step's noisy count of unclipped units, less half of all units; for each step."""
         self._count = 0.0
 
-    @property
-    def params(self) -> list[Any]:
-        """The parameters; `Part.places` count them."""
-        return self._params if hasattr(self, "_params") else super().params  # type: ignore[no-any-return]
-
     def begin(self) -> None:
         """Begins a step: all sums are zero."""
         self._sums.clear()
-        for p, view in zip(self._params, self._sums.views, strict=True):
+        for p, view in zip(self.params, self._sums.views, strict=True):
             p.grad, p.grad_sample, p.summed_grad = None, None, view
 
     def accumulate(self, owners: Tensor | None = None) -> None:
@@ -188,7 +189,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def accumulate_book(self, book: BookKeeping) -> None:
         """Adds the clipped sum of the gradients in `book` to ``p.summed_grad``."""
-        book.expect(self._params)
+        book.expect(self.params)
         places = [part.places for part in self.parts]
         factors = self._factors(book.squares(places).sqrt_())
         book.add_sums(places, factors, self._sums.views)
@@ -231,7 +232,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         """Divides by the public expected batch size."""
         self._sums.divide(self.divisor)
 
-    def pre_step(self, closure: Any = None) -> bool:
+    def pre_step(self) -> None:
         """Noise and division for sums that `accumulate` has made; clipping is already done."""
         if self.count_noise:
             noise = float(self.stream.normal(1, self.count_noise))
@@ -239,7 +240,6 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             self._count = 0.0
         self.add_noise()
         self.scale_grad()
-        return True
 
 
 def clip_factors(norms: Tensor, clip_norm: Tensor | float) -> Tensor:

@@ -7,11 +7,12 @@ noise come from ChaCha20 (RFC 8439) under a 256-bit secret, used for one node in
 Guarantees
     Two streams with different (secret, purpose) are independent as far as anyone can tell who
     cannot break ChaCha20 or BLAKE2b. A stream never repeats.
-    Normals are sums of four, halved (Holohan and Braghin 2021, arXiv:2107.10138v4, section 5.1),
-    made in float64: the low bits of one addition don't give the noise away (Mironov 2012). Of four
-    complex normals z come three outputs, H z / 2 with three rows of a Hadamard matrix: its rows are
-    orthogonal, so outputs are as independent as the z; and there are fewer of them, so whoever
-    would solve for the z has to guess one of them first, some 2^105 possibilities (docs/adr/0001).
+    Normals are sums of eight over sqrt(8) (Holohan and Braghin 2021, arXiv:2107.10138v4, section
+    5.1, add up four), made in float64: the low bits of one addition don't give the noise away
+    (Mironov 2012). Of eight complex normals z come seven outputs, H z / sqrt(8) with seven rows of
+    a Hadamard matrix: its rows are orthogonal, so outputs are as independent as the z; and there
+    are fewer of them, so whoever would solve for the z has to guess one of them first, some 2^103
+    possibilities (docs/adr/0001).
     This is a mitigation for floating point, not a discrete mechanism.
 Not covered
     Timing of the arithmetic; memory of the node's own machine.
@@ -22,7 +23,9 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,20 +58,29 @@ def round_secret(noise_seed: str, node: str, round: int) -> bytes:
     ).digest()
 
 
-_BLOCK = 16384
+_BLOCK = 24576
 """Complex normals made at once: what they need stays in a core's cache."""
+_PIECE = 4 * 14 * (_BLOCK // 8)
+"""Normals that a thread makes before it looks for more to do, where there are several threads."""
+_CIPHER_BLOCK = 64
+_PAIR = 16
+"""Bytes of the key stream that a complex normal takes."""
 
 
 class NoiseStream:
-    """Uniform and normal numbers from one secret, for one purpose ("sampling", "noise")."""
+    """Uniform and normal numbers from one secret, for one purpose ("sampling", "noise").
 
-    def __init__(self, secret: bytes, purpose: str) -> None:
-        key = hashlib.blake2b(
+    With several `threads` they make the normals together, and make the same ones.
+    """
+
+    def __init__(self, secret: bytes, purpose: str, *, threads: int = 1) -> None:
+        self._key = hashlib.blake2b(
             purpose.encode(), key=secret, digest_size=SECRET_BYTES, person=b"fedfuse/stream"
         ).digest()
-        # A key is used for one stream, so a fixed nonce repeats nothing.
-        self._stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
-        self._room = 0
+        self._threads = threads
+        self._used = 0
+        """Bytes of the key stream; none of them is used again."""
+        self._source = _Source(self._key, 0)
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """(count,) float64 in [0, 1), 53 random bits each."""
@@ -76,13 +88,13 @@ class NoiseStream:
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """(count,) whole numbers of 64 random bits."""
-        return np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8").astype(np.uint64)
+        self._used += 8 * count
+        return self._source.words(count).copy()
 
     def normal(self, count: int, std: float) -> Tensor:
         """(count,) float64 normals of mean 0 and standard deviation `std`, on the CPU."""
-        out = np.empty(count)
-        for start, block in self._blocks(count, std):
-            out[start : start + len(block)] = block
+        out = np.zeros(count)
+        self._add(out, std)
         return torch.from_numpy(out)
 
     def add_normal(self, values: Tensor, std: float) -> None:
@@ -94,45 +106,85 @@ class NoiseStream:
             noise = self.normal(len(values), std).to(values.device)
             values.copy_(noise.add_(values))
             return
-        array = values.numpy()
-        for start, block in self._blocks(len(values), std):
-            part = array[start : start + len(block)]
-            block += part
-            part[:] = block
+        self._add(values.numpy(), std)
 
-    def _blocks(self, count: int, std: float) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        """(start, normals) for consecutive places from 0 to `count`; each holds until the next."""
+    def _add(self, values: NDArray[Any], std: float) -> None:
+        count = len(values)
+        first = self._used
+        self._used += _bytes_of(count)
+        if self._threads == 1 or count <= _PIECE:
+            self._source.add_normals(values, std)
+            return
+
+        def add(start: int) -> None:
+            source = _Source(self._key, first + _bytes_of(start))
+            source.add_normals(values[start : start + _PIECE], std)
+
+        list(_pool(self._threads).map(add, range(0, count, _PIECE)))
+        self._source = _Source(self._key, self._used)
+
+
+def _bytes_of(normals: int) -> int:
+    """Of the key stream, what so many normals take: for fourteen of them, eight pairs."""
+    return -(-normals // 14) * 8 * _PAIR
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="noise")
+
+
+class _Source:
+    """A ChaCha20 key stream from its byte `start` on, as words and as normals."""
+
+    def __init__(self, key: bytes, start: int) -> None:
+        # A key is used for one stream, so a fixed nonce repeats nothing; before it stands the
+        # number of the block, which OpenSSL counts on with 64 bits.
+        place = (start // _CIPHER_BLOCK).to_bytes(8, "little") + bytes(8)
+        self._stream = Cipher(algorithms.ChaCha20(key, place), mode=None).encryptor()
+        self._stream.update(bytes(start % _CIPHER_BLOCK))
+        self._room = -1
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """(count,) whole numbers of 64 random bits; they hold until the next are asked for."""
+        if self._room < count:
+            self._room = count
+            self._zeros = bytes(8 * count)
+            self._bytes = np.empty(8 * count, dtype=np.uint8)
+            self._floats = np.empty((3, (count + 1) // 2))
+            self._sums = np.empty(count)
+        drawn = self._bytes[: 8 * count]
+        self._stream.update_into(memoryview(self._zeros)[: 8 * count], drawn.data)
+        return drawn.view("<u8").astype(np.uint64, copy=False)
+
+    def add_normals(self, values: NDArray[Any], std: float) -> None:
+        """Adds normals of deviation `std` to `values` (N,), in float64."""
         start = 0
-        while start < count:
-            fours = min(_BLOCK // 4, -(-(count - start) // 6))
-            block = self._three_of_four(fours, std)[: count - start]
-            yield start, block
-            start += len(block)
+        while start < len(values):
+            eights = min(_BLOCK // 8, -(-(len(values) - start) // 14))
+            part = values[start : start + 14 * eights]
+            normals = self._seven_of_eight(eights, std)[: len(part)]
+            normals += part
+            part[:] = normals
+            start += len(part)
 
-    def _three_of_four(self, fours: int, std: float) -> NDArray[np.float64]:
-        """(6 `fours`,) normals, out of 4 `fours` complex ones."""
-        pairs = 4 * fours
-        if self._room < pairs:
-            self._room = pairs
-            self._zeros = bytes(16 * pairs)
-            self._bytes = np.empty(16 * pairs, dtype=np.uint8)
-            self._floats = np.empty((3, pairs))
-            self._sums = np.empty(6 * fours)
-        drawn = self._bytes[: 16 * pairs]
-        self._stream.update_into(memoryview(self._zeros)[: 16 * pairs], drawn.data)
-        words = drawn.view("<u8").astype(np.uint64, copy=False)
-        words >>= np.uint64(11)
-        # Box and Muller 1958: z = sqrt(-2 log u) exp(i angle), u in (0, 1]. An output is a sum of
-        # four, halved: that is the 1/4 in front of std^2.
+    def _seven_of_eight(self, eights: int, std: float) -> NDArray[np.float64]:
+        """(14 `eights`,) normals, out of 8 `eights` complex ones."""
+        pairs = 8 * eights
+        words = self.words(2 * pairs)
+        words >>= np.uint64(12)
+        words |= np.uint64(0x3FF << 52)
+        uniform = words.view(np.float64)  # 52 random bits, in [1, 2)
         radius, real, imaginary = self._floats[:, :pairs]
-        np.multiply(words[:pairs], -(2.0**-53), out=radius)
-        radius += 1.0
+        # Box and Muller 1958: z = sqrt(-2 log u) exp(i angle), u in (0, 1]. An output is a sum of
+        # eight over sqrt(8): that is the 1/8 in front of std^2.
+        np.subtract(2.0, uniform[:pairs], out=radius)
         np.log(radius, out=radius)
-        radius *= -2.0 * std * std / 4.0
+        radius *= -2.0 * std * std / 8.0
         np.sqrt(radius, out=radius)
         # With t = tan(angle / 2): cos(angle) = 2 / (1 + t^2) - 1, sin(angle) = 2 t / (1 + t^2).
-        np.multiply(words[pairs:], math.pi * 2.0**-53, out=imaginary)
-        imaginary -= math.pi / 2
+        np.subtract(uniform[pairs:], 1.5, out=imaginary)
+        imaginary *= math.pi
         np.tan(imaginary, out=imaginary)
         np.multiply(imaginary, imaginary, out=real)
         real += 1.0
@@ -140,18 +192,21 @@ class NoiseStream:
         real *= 2.0
         imaginary *= real
         real -= radius
-        sums = self._sums[: 6 * fours].reshape(3, 2, fours)
-        for part, z in enumerate((real.reshape(4, fours), imaginary.reshape(4, fours))):
-            _hadamard_rows(z, sums[:, part])
+        sums = self._sums[: 14 * eights].reshape(2, 7, eights)
+        for z, rows in zip((real, imaginary), sums, strict=True):
+            _hadamard_rows(z.reshape(8, eights), radius.reshape(8, eights), rows)
         return sums.reshape(-1)
 
 
-def _hadamard_rows(z: NDArray[np.float64], out: NDArray[np.float64]) -> None:
-    """out (3, n) = [+-+-, ++--, +--+] z, for z (4, n), which is used up."""
-    np.add(z[0], z[1], out=out[1])
-    np.subtract(z[0], z[1], out=z[0])
-    np.add(z[2], z[3], out=z[1])
-    np.subtract(z[2], z[3], out=z[2])
-    out[1] -= z[1]
-    np.add(z[0], z[2], out=out[0])
-    np.subtract(z[0], z[2], out=out[2])
+def _hadamard_rows(z: NDArray[np.float64], work: NDArray[np.float64], out: Any) -> None:
+    """out (7, n) = all rows but the first of a Hadamard matrix (8, 8) times z (8, n).
+
+    Uses z and `work` (8, n) up.
+    """
+    np.add(z[0::2], z[1::2], out=work[0::2])
+    np.subtract(z[0::2], z[1::2], out=work[1::2])
+    fours, halves = work.reshape(2, 2, 2, -1), z.reshape(2, 2, 2, -1)
+    np.add(fours[:, 0], fours[:, 1], out=halves[:, 0])
+    np.subtract(fours[:, 0], fours[:, 1], out=halves[:, 1])
+    np.add(z[1:4], z[5:8], out=out[:3])
+    np.subtract(z[:4], z[4:], out=out[3:])

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedfuse.cli import main
+from fedfuse.cli.node import _answer_line
 from fedfuse.federation.certificates import issue, make_authority
 from fedfuse.federation.door import Door
 from fedfuse.federation.newnode import node_key
 from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.vault import Answered
 from fedfuse.privacy.ledger import Ledger
 from fedfuse.privacy.signing import SigningKey
 from tests.cli.stand_ins import Result
@@ -90,7 +93,7 @@ def looks(run: Run, *words: str) -> dict[str, dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("command", ["init", "prepare", "check", "start", "status"])
+@pytest.mark.parametrize("command", ["init", "prepare", "check", "identity", "start", "status"])
 def test_each_command_has_help_with_an_example(run: Run, command: str) -> None:
     done = run("node", command, "--help")
     assert done.code == 0
@@ -113,6 +116,8 @@ def test_a_new_node_is_ready_and_its_own(run: Run, made: Path) -> None:
     for path in [made, *made.rglob("*.key"), *made.rglob("*.pem"), made / "node.toml"]:
         assert path.stat().st_mode & 0o077 == 0, path
     assert node_key(made / "supernode.key").curve.name == "secp384r1"
+    public = SigningKey.load(made / "identity.pem").public
+    assert run("node", "identity", NODE).out == f'"clinic a" = "{public}"\n'
     found = looks(run, "--offline")
     states = {name: look["state"] for name, look in found.items()}
     assert states.pop("vault") == "note"  # one user for both
@@ -307,3 +312,39 @@ def test_a_node_that_cannot_reach_a_server_is_not_started(run: Run, made: Path) 
         assert done.code == 3
         assert said in done.err
         assert time.monotonic() - began < 20
+
+
+def test_a_refused_stage_of_masks_is_shown_as_what_it_is() -> None:
+    answered = Answered(
+        time="2026-11-25T21:11:04+00:00", server="", run="", round=0, rounds=0, steps=0,
+        stage="share", status="refused", problem="WireError: no masks", epsilon=1.0,
+        epsilon_allowed=2.0, seconds=0.01,
+    )  # fmt: skip
+    assert "masks, stage share: refused (WireError: no masks)" in _answer_line(asdict(answered))
+
+
+def test_identities_are_printed_exchanged_and_looked_at(run: Run, made: Path) -> None:
+    settings, peers, key = made / "node.toml", made / "peers.toml", made / "identity.pem"
+    assert "masks.peers is empty" in looks(run, "--offline")["masks"]["found"]
+    key.unlink()
+    done = run("node", "identity", NODE)  # of a node that was made before there were any
+    assert "made " in done.err
+    assert key.stat().st_mode & 0o777 == 0o600
+    others = [SigningKey.create(made.parent / f"{name}.pem").public for name in "abc"]
+    lines = [f'{name} = "{public}"\n' for name, public in zip("abc", others, strict=True)]
+    peers.write_text(done.out + "".join(lines))
+    settings.write_text(settings.read_text().replace('peers = ""', 'peers = "peers.toml"'))
+    assert looks(run, "--offline")["masks"]["state"] == "ok"
+    assert "with 3 other nodes" in looks(run, "--offline")["masks"]["found"]
+    peers.chmod(0o666)
+    assert "chmod 644" in looks(run, "--offline")["masks"]["remedy"]
+    peers.chmod(0o600)
+    key.chmod(0o644)
+    assert "chmod 600" in looks(run, "--offline")["masks"]["remedy"]
+    key.chmod(0o600)
+    peers.write_text(done.out + lines[0])
+    assert looks(run, "--offline")["masks"]["state"] == "note"
+    peers.write_text(lines[0] + done.out.replace("clinic a", "b"))
+    assert "the same key" in looks(run, "--offline")["masks"]["found"]
+    peers.unlink()
+    assert "no such file" in looks(run, "--offline")["masks"]["found"]

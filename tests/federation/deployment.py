@@ -7,8 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -43,12 +44,19 @@ def fedfuse(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 class Federation:
-    """A server and three nodes that were made; nothing is started."""
+    """A server and its nodes, three at first, that were made; nothing is started."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.srv = folder, folder / "srv"
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        scenario: Mapping[str, Any] = SCENARIO,
+        letters: str = "abc",
+        unit: str = "record",
+    ) -> None:
+        self.folder, self.srv, self.unit = folder, folder / "srv", unit
         self.scenario = folder / "small.toml"
-        self.scenario.write_text(tomli_w.dumps(SCENARIO))
+        self.scenario.write_text(tomli_w.dumps(scenario))
         self.port = free_port()
         server = equip_server(self.srv, hosts=["localhost"], port=self.port, bind="127.0.0.1")
         self.link, self.public = SuperLink(server), server.key().public
@@ -56,16 +64,20 @@ class Federation:
         public = folder / "public.csv"
         public.write_text("".join([head, *(row for row in rows if ",test," in row)]))
         prepare_store(server, public, None)
-        self.nodes = [self._node(letter, head, rows) for letter in "abc"]
+        train = [row for row in rows if ",train," in row]
+        self.nodes = [
+            self._node(letter, [head, *train[place :: len(letters)]])
+            for place, letter in enumerate(letters)
+        ]
 
-    def _node(self, letter: str, head: str, rows: list[str]) -> Path:
+    def _node(self, letter: str, lines: list[str]) -> Path:
         node, own = self.folder / f"site-{letter}", self.folder / f"{letter}.csv"
-        own.write_text("".join([head, *(row for row in rows if f"train,{node.name}," in row)]))
+        own.write_text("".join(lines))
         equip(
             node,
             Equipment(
                 name=node.name,
-                unit="record",
+                unit=self.unit,
                 max_epsilon=8.0,
                 delta=1e-5,
                 servers=(str(self.srv / "server.pub"),),

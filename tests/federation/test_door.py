@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,22 @@ def test_a_letter_with_bytes_changed_is_read_or_refused_and_nothing_else(
         assert isinstance(over(bytes(whole)).record, RecordDict)
 
 
-def test_bytes_have_no_place_in_a_letter() -> None:
+def test_bytes_cross_the_door_as_they_are() -> None:
     ours, theirs = socket.socketpair()
-    with ours, theirs, pytest.raises(WireError, match="holds bytes"):
-        send(ours, a_letter(raw=b"x"), seconds=5)
+    told = {"raw": b"\x00\xff", "parts": [b"", b"x" * 999]}
+    with ours, theirs:
+        send(ours, a_letter(**told), seconds=5)
+        found = receive(theirs, most_bytes=1 << 20, head_s=5, rate=1e6).record.config_records[
+            "config"
+        ]
+    assert {key: found[key] for key in told} == told
+
+
+@pytest.mark.parametrize("value", ['{"bytes": 7}', '{"bytes": "?"}', '{"hex": "00"}', "{}"])
+def test_bytes_that_are_written_otherwise_are_refused(value: str) -> None:
+    tree = json.dumps(TREE | {"records": {"config": ["config", {"raw": "here"}]}})
+    with pytest.raises(WireError, match="no letter"):
+        over(framed(tree.replace('"here"', value).encode()))
 
 
 @pytest.fixture
@@ -243,6 +256,35 @@ def test_an_answer_that_takes_too_long_is_not_waited_for(
     with pytest.raises(WireError, match="before the round was over"):
         forwarded(path, a_letter(deadline=time.time() + 0.1))
     silent.close()
+
+
+def test_a_request_that_is_too_large_is_told_with_the_setting_that_decides(
+    door: Door, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {"a": np.zeros(1 << 20, dtype=np.float32)}
+    large = Letter(kind="train", record=RecordDict({"arrays": encode(weights)}))
+    with pytest.raises(WireError, match=r"of 4,194,432 bytes: vault\.max_megabytes"):
+        forwarded(path, large, tries_s=5)
+    assert "at most 1,048,576 are taken" in caplog.text
+    assert echoed(path, 1)
+
+
+@pytest.mark.parametrize(("rate", "taken"), [(1e7, True), (1e9, False)])
+def test_a_large_answer_has_more_time_to_be_taken(path: Path, rate: float, taken: bool) -> None:
+    weights = encode({"a": np.zeros(2 << 20, dtype=np.float32)})  # 0.9 s, or 0.1
+    slow = Door(
+        path, clients=frozenset({os.getuid()}), most_bytes=1 << 20, patience_s=0.1, answer_rate=rate
+    )
+    with connect(path, seconds=5) as line:
+        send(line, a_letter(), seconds=5)
+        visit = next(slow.visits())
+        with ThreadPoolExecutor(1) as other:
+            answered = other.submit(visit.answer, RecordDict({"arrays": weights}))
+            time.sleep(0.4)
+            with contextlib.suppress(OSError):
+                receive(line, most_bytes=1 << 30, head_s=5, rate=1e6)
+            assert answered.result() is taken
+    slow.close()
 
 
 def test_no_vault_is_told_without_a_path(tmp_path: Path) -> None:

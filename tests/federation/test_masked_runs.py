@@ -14,9 +14,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import open_split, prepare
-from fedfuse.errors import ConfigError, FederationError, WireError
+from fedfuse.errors import ConfigError, FederationError, PrivacyError, WireError
 from fedfuse.federation.books import StateBooks
 from fedfuse.federation.flower import MessageGrid
+from fedfuse.federation.masking import conduct
 from fedfuse.federation.masking.conduct import MaskedRound
 from fedfuse.federation.masking.messages import terms_to_config, to_config
 from fedfuse.federation.masking.quantise import Lattice
@@ -199,7 +200,7 @@ class SeatGrid(MessageGrid):
                 self._gone.add(number)
             if number in self._gone:
                 continue
-            answer = self._seats[number].answer(message.content)
+            answer = self._seats[number].answer(message.content).to_record()
             self.told.setdefault(stage, []).append(answer)
             yield Message(answer, reply_to=message)
 
@@ -255,9 +256,9 @@ def a_round(
 def masked_update(grid: SeatGrid, number: int, lattice: Lattice) -> np.ndarray:
     """What node `number` sends: under masks, its number in each coordinate's steps."""
     seat = grid.seat(number)
-    member = seat._member()
+    member = seat.unfinished.take("ab" * 16)
     vector = member.mask(np.full(6, number, np.int64))
-    seat._keep(member)
+    seat.unfinished.keep(member)
     return np.asarray(vector)
 
 
@@ -317,8 +318,7 @@ def test_a_node_refuses_terms_that_do_not_protect_it(
     config = make_config(privacy__unit="none", **MASKED)
     _, grid, terms, _ = a_round(config, 4, {})
     told = ConfigRecord(dict(terms_to_config(terms)) | change)
-    answer = grid.seat(1).answer(RecordDict({"config": told}))
-    problem = str(answer.config_records["config"]["problem"])
+    problem = grid.seat(1).answer(RecordDict({"config": told})).problem
     assert any(one in problem for one in why.split("|"))
 
 
@@ -327,7 +327,7 @@ def test_a_threshold_below_two_thirds_is_refused_by_nodes(make_config: MakeConfi
     _, grid, terms, _ = a_round(config, 5, {})
     low = dataclasses.replace(terms, threshold=3)
     answer = grid.seat(1).answer(RecordDict({"config": terms_to_config(low)}))
-    assert "too few to protect" in str(answer.config_records["config"]["problem"])
+    assert "too few to protect" in answer.problem
 
 
 def test_a_refusal_ends_the_protocol_for_the_node_also_in_its_state(
@@ -337,10 +337,9 @@ def test_a_refusal_ends_the_protocol_for_the_node_also_in_its_state(
     masked, grid, _, _ = a_round(config, 4, {})
     masked.prepare(END)
     seat = grid.seat(1)
-    wrong = RecordDict({"config": to_config("agree", {"node-1": b""})})
-    assert "problem" in seat.answer(wrong).config_records["config"]
-    again = seat.answer(wrong).config_records["config"]
-    assert "agreed on no masks" in str(again["problem"])
+    wrong = RecordDict({"config": to_config("agree", "ab" * 16, {"node-1": b""})})
+    assert seat.answer(wrong).problem
+    assert "agreed on no masks" in seat.answer(wrong).problem
 
 
 def test_no_secret_of_a_node_is_in_what_it_sends(make_config: MakeConfig) -> None:
@@ -349,7 +348,7 @@ def test_no_secret_of_a_node_is_in_what_it_sends(make_config: MakeConfig) -> Non
     masked.prepare(END)
     kept = []
     for number in range(1, 5):
-        saved = grid.seat(number).state.config_records["fedfuse.masks"]["member"]
+        saved = grid.seat(number).unfinished.find("ab" * 16).save()
         kept += [bytes.fromhex(one) for one in json.loads(saved)["secrets"]]
     for number in range(1, 5):
         masked.add(f"node-{number}", {VECTOR: masked_update(grid, number, lattice)}, 1.0)
@@ -378,26 +377,26 @@ def test_masks_of_another_request_or_for_too_little_noise_give_no_update(
         one, grid, _, _ = a_round(config, 4, {})
         one.prepare(END)
         job = dataclasses.replace(JOB, mechanism=mechanism, noise_nodes=noise_nodes)
-        asked = a_request(request=request, job=job)
+        asked = a_request(request=request, job=job, parameters=6, digest=config_digest(config))
         found: ArrayRecord = grid.seat(1).masked(asked, start, start, ["w"], b"s" * 32)
         return found
 
     assert list(masked("ab" * 16, 3)) == [VECTOR]
-    with pytest.raises(WireError, match="for another request"):
+    with pytest.raises(WireError, match="no masks for this request"):
         masked("cd" * 16, 3)
-    with pytest.raises(WireError, match="4 shares make the noise whole"):
+    with pytest.raises(PrivacyError, match="of which 4 must be honest"):
         masked("ab" * 16, 4)
 
 
-def test_real_runs_with_masks_are_refused_until_real_nodes_share_them(
+def test_masked_runs_are_refused_where_nobody_is_known_to_share_them(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """By the server, which knows no identities, and by a node without a place."""
+    """By a server that knows no identities, and by a node without a place."""
     config = make_config(**NODE, **MASKED)
     prepared = prepare(config.data, seed=0)
     store = tmp_path / "store"
     prepared.write(store)
-    with pytest.raises(ConfigError, match="only simulated nodes share masks"):
+    with pytest.raises(ConfigError, match="no node's identity is known"):
         Session(
             announced=config,
             config=config,
@@ -411,3 +410,25 @@ def test_real_runs_with_masks_are_refused_until_real_nodes_share_them(
     request = a_request(digest=config_digest(config))
     reply = answer(request.to_record(), site, StateBooks(Context(1, 1, {}, RecordDict(), {})))
     assert "this node shares none" in reply.problem
+
+
+def test_a_node_that_is_silent_leaves_the_others_time(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage waits for it, but not for all of the round's time."""
+    config = make_config(privacy__unit="none", **MASKED)
+    masked, grid, _, _ = a_round(config, 4, {2: "announce"})
+    answers, now = grid.replies, [0.0]
+    monkeypatch.setattr(conduct.time, "monotonic", lambda: now[0])
+
+    def waiting(messages: Any, *, timeout: float) -> Iterator[Message]:
+        if timeout <= 0:
+            return
+        told = list(messages)
+        found = list(answers(told))
+        now[0] += timeout if len(found) < len(told) else 1.0
+        yield from found
+
+    monkeypatch.setattr(grid, "replies", waiting)
+    assert masked.prepare(60.0) == {1, 3, 4}
+    assert now[0] == 10 + 2

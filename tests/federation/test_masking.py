@@ -426,10 +426,11 @@ def test_the_default_threshold_stands_a_third_lost_or_lying() -> None:
 def test_parts_cross_the_wire_and_nothing_else_does() -> None:
     terms = Round(3).terms
     parts = {"node-0": b"a", "node-2": b"bc"}
-    config = dict(to_config("share", parts))
+    config = dict(to_config("share", terms.request, parts))
     assert from_config(config, "share", terms) == parts
     for change in (
         {"stage": "mask"},
+        {"request": "cd" * 16},
         {"names": ["node-2", "node-0"]},
         {"names": ["node-0", "node-0"]},
         {"names": ["node-0", "node-9"]},
@@ -441,7 +442,7 @@ def test_parts_cross_the_wire_and_nothing_else_does() -> None:
     ):
         with pytest.raises(WireError):
             from_config(config | change, "share", terms)
-    assert isinstance(to_config("share", parts), ConfigRecord)
+    assert isinstance(to_config("share", terms.request, parts), ConfigRecord)
 
 
 # ---- updates on a lattice

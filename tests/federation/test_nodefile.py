@@ -41,7 +41,7 @@ def test_the_example_is_a_node_and_names_every_setting(tmp_path: Path) -> None:
     assert settings.ledger.anchor == "/mnt/other/clinic.anchor"
     assert settings.ledger.file == str(example.parent / "clinic.ledger")
     text = example.read_text()
-    for section in ("data", "ledger", "policy", "vault", "superlink"):
+    for section in ("data", "ledger", "policy", "masks", "vault", "superlink"):
         for name in type(getattr(settings, section)).__dataclass_fields__:
             assert f"{name} = " in text, f"{section}.{name}"
     tree = tomllib.loads(text)
@@ -92,6 +92,14 @@ def test_a_policy_is_what_the_file_says(tmp_path: Path) -> None:
         ({"data": {"store": None}}, "data.store is missing"),
         ({"data": {"node": -1}}, "data.node = -1"),
         ({"more": {"x": 1}}, "unknown setting more"),
+        ({"policy": {"secure_aggregation": "perhaps"}}, "secure_aggregation = 'perhaps'"),
+        (
+            {"policy": {"unit": "node", "secure_aggregation": "required"}},
+            "masks.peers is missing",
+        ),
+        ({"policy": {"secure_aggregation": "required"}}, "never leave under masks"),
+        ({"masks": {"peers": "peers.toml"}}, "masks.key is missing"),
+        ({"masks": {"colluders": -1}}, "masks.colluders = -1"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_and_the_setting_named(

@@ -23,6 +23,7 @@ from fedfuse.federation.door import Door
 from fedfuse.federation.flower import received, with_id
 from fedfuse.federation.forward import make_forwarder
 from fedfuse.federation.framing import Letter
+from fedfuse.federation.packing import packed, unpacked
 from fedfuse.federation.vault import Answered, Vault, serve
 from tests.federation.clinic import Clinic
 
@@ -68,11 +69,13 @@ def open_vault(
 
 
 def through_flower(clinic: Clinic, record: RecordDict, kind: str = "train") -> RecordDict:
-    """What comes back from the app in clinics' bundles, as Flower calls it."""
+    """What comes back from the app in clinics' bundles, as Flower calls it, packed both ways."""
     message = with_id(Message(RecordDict(), dst_node_id=1, message_type=kind))
     socket = str(clinic.folder / "door" / "vault.sock")
     context = Context(1, 1, {"vault": socket}, RecordDict(), clinic.config.to_flat())
-    return make_forwarder()(received(record, message.metadata), context).content
+    reply = make_forwarder()(received(packed(record), message.metadata), context).content
+    assert all(len(arrays) == 1 for arrays in reply.array_records.values())
+    return unpacked(reply)
 
 
 def test_the_update_is_that_of_a_simulated_node(

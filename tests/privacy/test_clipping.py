@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
@@ -21,6 +22,7 @@ from fedfuse.privacy.dpsgd import (
     clip_factors,
     prepare,
     private_step,
+    with_record_gradients,
 )
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.safety import check_model
@@ -117,6 +119,29 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 
 
 SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, 100.0])
+def test_a_step_is_that_of_opacus_but_for_the_noise(clip_norm: float) -> None:
+    """DPOptimizer over GradSampleModule, with sigma 0, from the same weights and records."""
+    batch = batch_of(6, seed=3)
+    theirs = model_with()
+    sampled = with_record_gradients(theirs)
+    stepper = DPOptimizer(
+        torch.optim.SGD(theirs.parameters(), lr=0.5),
+        noise_multiplier=0.0,
+        max_grad_norm=clip_norm,
+        expected_batch_size=8,
+        loss_reduction="sum",
+    )
+    TASK.loss(sampled(batch), batch.target).sum().backward()
+    stepper.step()
+    for p in theirs.parameters():
+        p.grad /= 8  # "sum" leaves the division to the user
+    for clipping in CLIPPINGS:
+        ours = model_with()
+        found = clipped_sum(ours, batch, clip_norm, clipping=clipping)
+        assert_same([g / 8 for g in found], [p.grad for p in theirs.parameters()])
 
 
 @pytest.mark.parametrize("fusion", ["concat", "co-attention", "early"])

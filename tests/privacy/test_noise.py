@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedfuse.privacy import noise
 from fedfuse.privacy.dpsgd import PrivateOptimizer
 from fedfuse.privacy.noise import NoiseStream, round_secret
 from fedfuse.privacy.sampling import poisson_batches, shuffled_batches
@@ -58,10 +59,11 @@ def test_noise_of_another_sigma_is_rejected(factor: float) -> None:
 
 
 def test_noise_coordinates_are_uncorrelated() -> None:
-    noise = noisy_gradients(SIGMA)
-    noise = noise / noise.std()
-    for lag in (1, 2, 3, 7, 64):
-        assert abs(float((noise[lag:] * noise[:-lag]).mean())) < 4.5 / math.sqrt(len(noise) - lag)
+    found = noisy_gradients(SIGMA)
+    found = found / found.std()
+    # Outputs of the same eight normals stand a 14th of 40,004 apart, real and imaginary half of it.
+    for lag in (1, 2, 3, 7, 64, 2857, 2858, 2 * 2858, 7 * 2858):
+        assert abs(float((found[lag:] * found[:-lag]).mean())) < 4.5 / math.sqrt(len(found) - lag)
 
 
 def test_streams_differ_between_rounds_nodes_and_purposes() -> None:
@@ -92,6 +94,26 @@ def test_unseeded_secrets_never_repeat() -> None:
 def test_a_stream_goes_on_and_does_not_start_again() -> None:
     stream = NoiseStream(bytes(32), "noise")
     assert not torch.equal(stream.normal(50, 1.0), stream.normal(50, 1.0))
+
+
+def test_several_threads_make_the_same_noise_and_go_on_after_it() -> None:
+    """Also where the stream stands in the middle of a cipher's block, and where nothing is left."""
+    one, three = (NoiseStream(b"t" * 32, "noise", threads=threads) for threads in (1, 3))
+    for count in (5, 300_001, 0, 14, 1 << 18):
+        assert torch.equal(one.normal(count, 1.3), three.normal(count, 1.3))
+        assert (one.words(3) == three.words(3)).all()
+
+
+def test_outputs_of_one_block_are_orthogonal_and_one_row_is_kept_back() -> None:
+    """Eight complex normals make seven: whoever sees them all cannot solve for the eight."""
+    rows = np.zeros((7, 8))
+    for place in range(8):
+        unit, out = np.zeros((8, 1)), np.zeros((7, 1))
+        unit[place] = 1
+        noise._hadamard_rows(unit, np.empty((8, 1)), out)
+        rows[:, place] = out[:, 0]
+    assert (rows @ rows.T == 8 * np.eye(7)).all()
+    assert (rows.sum(1) == 0).all()  # the one that is missing
 
 
 def test_torch_seed_does_not_touch_noise() -> None:

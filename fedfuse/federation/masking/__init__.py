@@ -9,8 +9,10 @@
     member     what a node does, and what it refuses
     collector  what the server does
     seat       a node's place in masked rounds: from messages and updates to `member`
+    unfinished what a node keeps of it between messages
     conduct    a masked round, stage by stage, from the server's side
     roster     identities of simulated nodes
+    peers      those of real nodes, from files that their operators exchanged
 
 Bonawitz et al. 2017 ("Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS),
 figure 4, with the steps that stand against a server that lies; see docs/adr/0011.

@@ -1,8 +1,10 @@
 """A masked round as the server conducts it: around the training, the stages of the protocol.
 
-    prepare   announce, share, open: by all that were asked, and still answer
+    prepare   announce, share, open: by all that were asked, and still answer; each has a sixth of
+              the round's time, so that one node that is silent leaves the others time to train
     add       the masked updates, as they come
-    finish    agree, reveal: by all whose update came; then the sum, and no update, is known
+    finish    agree, reveal: by all whose update came, each half of the time; then the sum, and no
+              update, is known
 
 Each stage waits for all that take part, until its time is up; who has not answered by then is lost.
 """
@@ -25,6 +27,7 @@ from fedfuse.federation.masking.seat import VECTOR, masked_template
 from fedfuse.federation.masking.terms import Terms
 from fedfuse.federation.wire import CONFIG, Template, Weights
 from fedfuse.privacy.central import moved_by
+from fedfuse.privacy.signing import SigningKey
 
 __all__ = ["MESSAGE_TYPE", "MaskedRound"]
 
@@ -46,10 +49,12 @@ class MaskedRound:
         start: Weights,
         trained: Iterable[str],
         divisor: int = 0,
+        key: SigningKey | None = None,
     ) -> None:
         """
         asked    by number, the names of the nodes that were asked
         divisor  of the sum; 0: the number of updates in it
+        key      signs the terms
         """
         self.template: Template = masked_template(terms.length)
         """What an update must look like."""
@@ -67,6 +72,7 @@ class MaskedRound:
         self._start = start
         self._trained = frozenset(trained)
         self._divisor = divisor
+        self._key = key
         self._updates: list[tuple[Weights, float]] = []
 
     def prepare(self, end: float) -> frozenset[int]:
@@ -74,13 +80,13 @@ class MaskedRound:
 
         Raises FederationError where they are fewer than the threshold.
         """
-        collector = self._collector
-        self._stage("announce", dict.fromkeys(self._terms.nodes), end, self._announced)
+        collector, most = self._collector, (end - time.monotonic()) / 6
+        self._stage("announce", dict.fromkeys(self._terms.nodes), most, self._announced)
         told = collector.announcements()
-        self._stage("share", dict.fromkeys(told, told), end, collector.shared)
+        self._stage("share", dict.fromkeys(told, told), most, collector.shared)
         opened: set[int] = set()
         self._stage(
-            "open", collector.boxes(), end, lambda node, parts: opened.add(self._numbers[node])
+            "open", collector.boxes(), most, lambda node, parts: opened.add(self._numbers[node])
         )
         return frozenset(opened)
 
@@ -90,11 +96,11 @@ class MaskedRound:
 
     def finish(self, end: float) -> None:
         """Unmasks the sum. Raises FederationError where too few nodes are left to do so."""
-        left = self._collector.left()
+        left, most = self._collector.left(), (end - time.monotonic()) / 2
         told = dict.fromkeys(left, b"")
-        self._stage("agree", dict.fromkeys(left, told), end, self._agreed)
+        self._stage("agree", dict.fromkeys(left, told), most, self._agreed)
         signatures = self._collector.signatures()
-        self._stage("reveal", dict.fromkeys(signatures, signatures), end, self._collector.revealed)
+        self._stage("reveal", dict.fromkeys(signatures, signatures), most, self._collector.revealed)
         total = self._lattice.real(self._collector.total()) / (self._divisor or len(left))
         self._updates = [(moved_by(self._start, self._trained, total), 1.0)]
 
@@ -112,12 +118,13 @@ class MaskedRound:
         self,
         stage: str,
         told: Mapping[str, Mapping[str, bytes] | None],
-        end: float,
+        most: float,
         take: Callable[[str, Mapping[str, bytes]], None],
     ) -> None:
-        """Sends each node what it is `told` (None: the terms), and takes the answers."""
+        """Sends each node what it is `told` (None: the terms), and takes the answers that come
+        within `most` seconds."""
         silent = set(told)
-        for number, content in self._answers(stage, told, end):
+        for number, content in self._answers(stage, told, most):
             node = self._asked[number]
             silent.discard(node)
             try:
@@ -128,7 +135,7 @@ class MaskedRound:
             self.failures[node] = f"masks, stage {stage}: no answer within the time limit"
 
     def _answers(
-        self, stage: str, told: Mapping[str, Mapping[str, bytes] | None], end: float
+        self, stage: str, told: Mapping[str, Mapping[str, bytes] | None], most: float
     ) -> Iterator[tuple[int, RecordDict]]:
         contents: dict[int, RecordDict] = {}
         messages = []
@@ -136,11 +143,14 @@ class MaskedRound:
             # What all get is one record, so that it is laid down and counted once.
             content = contents.get(id(parts))
             if content is None:
-                record = terms_to_config(self._terms) if parts is None else to_config(stage, parts)
+                if parts is None:
+                    record = terms_to_config(self._terms, self._key)
+                else:
+                    record = to_config(stage, self._terms.request, parts)
                 content = contents[id(parts)] = RecordDict({CONFIG: record})
             self.bytes_sent += _bytes(content)
             messages.append(Message(content, self._numbers[node], MESSAGE_TYPE))
-        for reply in replies(self._grid, messages, timeout=max(end - time.monotonic(), 0.0)):
+        for reply in replies(self._grid, messages, timeout=max(most, 0.0)):
             number = reply.metadata.src_node_id
             if reply.has_error():
                 content = RecordDict({CONFIG: ConfigRecord({"problem": str(reply.error.reason)})})

@@ -90,6 +90,11 @@ class Member:
         """What this run of the protocol is about."""
         return self._terms
 
+    @property
+    def next(self) -> str:
+        """The stage that it waits for: one of STAGES, or "over"."""
+        return self._next
+
     def save(self) -> bytes:
         """All that `load` needs, secrets included: it stays with the node."""
         return json.dumps(

@@ -8,7 +8,8 @@
     agree     who sent one                         its signature of that
     reveal    the signatures                       one share for each node that shared
 
-Beside the vector a message is named byte strings of known lengths: `Parts`. It is read strictly.
+Beside the vector a message is named byte strings of known lengths: `Parts`. It is read strictly,
+and names the request that it belongs to. The terms are signed by the server, if it has a key.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ STAGES = ("announce", "share", "open", "mask", "agree", "reveal")
 SIGNATURE_BYTES = 64
 ANNOUNCEMENT_BYTES = 3 * KEY_BYTES + SIGNATURE_BYTES
 BOX_BYTES = 2 * SHARE_BYTES + 16
-_ANNOUNCEMENT, _SURVIVORS = "masking announcement", "masking survivors"
+_ANNOUNCEMENT, _SURVIVORS, _TERMS = "masking announcement", "masking survivors", "masking terms"
 
 Parts = Mapping[str, bytes]
 """By the name of a node."""
@@ -135,20 +136,21 @@ def check_parts(parts: Parts, *, names: Collection[str], size: int, what: str) -
         raise WireError(f"{what}: a part is not {size} bytes long")
 
 
-def to_config(stage: str, parts: Parts) -> ConfigRecord:
-    """`parts` as Flower carries them."""
+def to_config(stage: str, request: str, parts: Parts) -> ConfigRecord:
+    """`parts` of the run of the protocol for `request`, as Flower carries them."""
     names = sorted(parts)
-    return ConfigRecord(
-        {"stage": stage, "names": names, "parts": [bytes(parts[name]) for name in names]}
-    )
+    told = [bytes(parts[name]) for name in names]
+    return ConfigRecord({"stage": stage, "request": request, "names": names, "parts": told})
 
 
 def from_config(config: Mapping[str, Any], stage: str, terms: Terms) -> dict[str, bytes]:
     """The parts of a message of `stage`. Raises WireError where it is anything else."""
-    if set(config) != {"stage", "names", "parts"}:
-        raise WireError("a message of masks must have stage, names and parts, and nothing else")
+    if set(config) != {"stage", "request", "names", "parts"}:
+        raise WireError("a message of masks: stage, request, names and parts, and nothing else")
     if config["stage"] != stage:
         raise WireError(f"a message of stage {str(config['stage'])[:40]!r} came in stage {stage}")
+    if config["request"] != terms.request:
+        raise WireError("a message of masks for another request")
     names, parts = config["names"], config["parts"]
     if not (isinstance(names, list) and isinstance(parts, list) and len(names) == len(parts)):
         raise WireError("names and parts must be two lists of one length")
@@ -160,13 +162,21 @@ def from_config(config: Mapping[str, Any], stage: str, terms: Terms) -> dict[str
     return dict(zip(names, parts, strict=True))
 
 
-def terms_to_config(terms: Terms) -> ConfigRecord:
-    """`terms` as Flower carries them: what a node is told in stage "announce"."""
-    return ConfigRecord({"stage": "announce"} | asdict(terms) | {"nodes": list(terms.nodes)})
+def terms_to_config(terms: Terms, key: SigningKey | None = None) -> ConfigRecord:
+    """`terms` as Flower carries them: what a node is told in stage "announce"; `key`: who asks."""
+    signed = {"server": "", "signature": ""}
+    if key is not None:
+        signature = key.sign(terms.hash(), purpose=_TERMS)
+        signed = {"server": key.public, "signature": signature}
+    told = asdict(terms) | {"nodes": list(terms.nodes)}
+    return ConfigRecord({"stage": "announce"} | told | signed)
 
 
-def terms_from_config(config: Mapping[str, Any]) -> Terms:
-    """The terms in a message. Raises WireError where it is anything else."""
+def terms_from_config(config: Mapping[str, Any]) -> tuple[Terms, str]:
+    """The terms in a message, and the public key of the server that signed them, or "".
+
+    Raises WireError where it is anything else, or names a server that did not sign it.
+    """
     kinds = {
         "stage": str,
         "request": str,
@@ -174,6 +184,8 @@ def terms_from_config(config: Mapping[str, Any]) -> Terms:
         "nodes": list,
         "threshold": int,
         "length": int,
+        "server": str,
+        "signature": str,
     }
     if {key: type(value) for key, value in config.items()} != kinds:
         raise WireError("terms of masks must have their fields, and nothing else")
@@ -181,7 +193,7 @@ def terms_from_config(config: Mapping[str, Any]) -> Terms:
     if not all(isinstance(node, str) and 0 < len(node) <= 200 for node in nodes):
         raise WireError("terms of masks: nodes must be names")
     try:
-        return Terms(
+        terms = Terms(
             request=config["request"],
             digest=config["digest"],
             nodes=tuple(nodes),
@@ -190,6 +202,10 @@ def terms_from_config(config: Mapping[str, Any]) -> Terms:
         )
     except FederationError as error:
         raise WireError(f"terms of masks: {error.what}") from None
+    server, signature = config["server"], config["signature"]
+    if server and not signing.verify(server, terms.hash(), signature, purpose=_TERMS):
+        raise WireError(f"terms of masks: server {server[:12]!r} did not sign them")
+    return terms, server
 
 
 def _sets(view: bytes, shared: Collection[str], left: Collection[str]) -> bytes:

@@ -15,6 +15,7 @@ from flwr.app import RecordDict
 from fedfuse.config import RunConfig
 from fedfuse.federation.masking.keys import KEY_BYTES
 from fedfuse.federation.masking.seat import Seat
+from fedfuse.federation.masking.unfinished import InState
 from fedfuse.federation.wire import config_digest
 from fedfuse.privacy.signing import SigningKey
 
@@ -40,13 +41,14 @@ class Roster:
 
     def seat(self, index: int, config: RunConfig, state: RecordDict) -> Seat:
         """The place of node `index`, whose state is `state`."""
+        name, key, identities = self.names[index], _key(self.secrets[index]), self.identities
         return Seat(
-            name=self.names[index],
-            key=_key(self.secrets[index]),
-            identities=self.identities,
+            name=name,
+            key=key,
+            identities=identities,
             digest=config_digest(config),
             clip_norm=config.privacy.clip_norm,
-            state=state,
+            unfinished=InState(state, name, key, identities),
         )
 
 

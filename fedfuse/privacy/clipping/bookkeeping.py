@@ -41,7 +41,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
 from fedfuse.batch import Batch
@@ -53,13 +52,16 @@ from fedfuse.privacy.clipping.fallback import FallbackLayer
 from fedfuse.privacy.clipping.layer import Layer, Pass
 from fedfuse.privacy.clipping.linear import LinearLayer
 from fedfuse.privacy.clipping.norms import NORMS
-from fedfuse.privacy.clipping.recurrent import RecurrentGuard, is_recurrent
+from fedfuse.privacy.clipping.recurrent import (
+    RecurrentGuard,
+    is_recurrent,
+    is_recurrent_linear,
+)
 
 __all__ = ["BookKeeping"]
 
 _LAYERS: dict[type[nn.Module], type[Layer]] = {
     nn.Linear: LinearLayer,
-    RNNLinear: LinearLayer,
     nn.Conv1d: ConvLayer,
     nn.Conv2d: ConvLayer,
     nn.Conv3d: ConvLayer,
@@ -67,6 +69,10 @@ _LAYERS: dict[type[nn.Module], type[Layer]] = {
     **NORMS,
 }
 """By exact type: a subclass may compute something else."""
+
+
+def _layer_type(module: nn.Module) -> type[Layer] | None:
+    return LinearLayer if is_recurrent_linear(module) else _LAYERS.get(type(module))
 
 
 class BookKeeping:
@@ -102,8 +108,9 @@ class BookKeeping:
             if is_recurrent(module):
                 self._guarded.append((module, RecurrentGuard(name, module)))
                 own = {}  # the parameters are its cells', under other names
-            if own and type(module) in _LAYERS:
-                self.layers.append(_LAYERS[type(module)](name, module, own))
+            kind = _layer_type(module)
+            if own and kind is not None:
+                self.layers.append(kind(name, module, own))
             elif own:
                 if module is self.model:
                     raise ModelError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -25,6 +24,8 @@ class FallbackLayer(Layer):
 
     def __init__(self, name: str, module: nn.Module, places: Any) -> None:
         """Raises ModelError where the module gives another result each time."""
+        from opacus.grad_sample import GradSampleModule
+
         super().__init__(name, module, places)
         self.alone = False
         self.sampler = GradSampleModule.GRAD_SAMPLERS.get(type(module))

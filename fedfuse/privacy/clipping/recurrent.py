@@ -1,22 +1,34 @@
 """Recurrent layers. Opacus's DPGRU, DPLSTM and DPRNN are linear layers in a loop; of them only
-packed sequences need a look, since packing puts the records in another order."""
+packed sequences need a look, since packing puts the records in another order.
+
+A model that has one of them has loaded Opacus; for one that has not, it is not loaded here.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fedfuse.errors import ModelError
 
-__all__ = ["RecurrentGuard", "is_recurrent"]
+__all__ = ["RecurrentGuard", "is_recurrent", "is_recurrent_linear"]
+
+_OPACUS = "opacus.layers.dp_rnn"
 
 
 def is_recurrent(module: nn.Module) -> bool:
     """Whether a module is one of Opacus's recurrent layers."""
-    return isinstance(module, DPRNNBase)
+    layers = sys.modules.get(_OPACUS)
+    return layers is not None and isinstance(module, layers.DPRNNBase)
+
+
+def is_recurrent_linear(module: nn.Module) -> bool:
+    """Whether a module is the linear layer of which those are made."""
+    layers = sys.modules.get(_OPACUS)
+    return layers is not None and type(module) is layers.RNNLinear
 
 
 class RecurrentGuard:

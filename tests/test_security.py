@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 
+from fedfuse.cli import app
 from fedfuse.federation.nodefile import NodeFile
 from fedfuse.federation.processes import QUIET
 from fedfuse.federation.running import supernode_words
@@ -60,3 +67,59 @@ def test_the_units_say_what_the_commands_would(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["fedfuse-vault", "fedfuse-supernode"])
 def test_nothing_is_started_again_by_itself(name: str) -> None:
     assert unit(name)["Restart"] == ["no"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.service")), ids=lambda path: path.stem)
+def test_systemd_understands_the_units(path: Path, tmp_path: Path) -> None:
+    """With the programs of this installation in the place of /opt/fedfuse."""
+    for each in DEPLOY.glob("*.service"):
+        text = each.read_text().replace("/opt/fedfuse/bin", str(Path(sys.executable).parent))
+        (tmp_path / each.name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / path.name],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if path.name in line]
+    assert (done.returncode, said) == (0, []), done.stderr
+
+
+def test_the_containers_are_of_the_flower_that_is_tested() -> None:
+    tree = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    recipe = tree["services"]["superlink"]["build"]["dockerfile_inline"]
+    assert f"FROM flwr/superlink:{version('flwr')}\n" in recipe
+    assert set(tree["services"]["proxy"]["depends_on"]) <= set(tree["services"])
+
+
+@pytest.mark.skipif(
+    shutil.which("docker") is None
+    or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode != 0,
+    reason="docker compose is not installed",
+)
+def test_docker_compose_understands_its_file() -> None:
+    words = ["docker", "compose", "--file", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+PAGES = [ROOT / "docs" / "server.md", ROOT / "docs" / "node.md", *sorted(DEPLOY.iterdir())]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_each_command_and_option_that_an_operator_is_told_is_there(path: Path) -> None:
+    root = typer.main.get_command(app)
+    text = re.sub(r"\\\n\s*", " ", path.read_text())
+    for words in re.findall(r"\bfedfuse (?=[a-z])([^`#\n;)]*)", text):
+        group, *rest = words.split()
+        command = root.commands.get(group)  # type: ignore[attr-defined]
+        if command is None:  # a sentence about fedfuse
+            continue
+        if hasattr(command, "commands"):
+            names = rest[0].split("|") if rest else []
+            assert set(names) <= set(command.commands), words
+            if len(names) != 1:
+                continue
+            command = command.commands[names[0]]
+        options = {name for parameter in command.params for name in parameter.opts}
+        used = {word.rstrip(",.:") for word in rest if word.startswith("--")}
+        assert used <= options | {"--help"}, words

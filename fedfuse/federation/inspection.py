@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import ssl
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPSConnection
 from importlib import metadata
 from pathlib import Path
 
@@ -277,15 +279,15 @@ def _read_certificate(settings: NodeFile) -> x509.Certificate:
 
 
 def _server(settings: NodeFile) -> _Found:
-    """Whether the server answers with a certificate for its host that superlink.ca vouches for."""
+    """Whether the server answers with a certificate for its host that superlink.ca vouches for, and
+    its clock agrees with this one: what a node is asked has a deadline."""
     host, port = superlink(settings.superlink.address)
     context = ssl.create_default_context(cafile=settings.superlink.ca)
+    line = HTTPSConnection(host, port, timeout=_KNOCK_S, context=context)
     try:
-        with (
-            socket.create_connection((host, port), timeout=_KNOCK_S) as line,
-            context.wrap_socket(line, server_hostname=host),
-        ):
-            return OK, f"{host}:{port} answers, and is who it should be", ""
+        with closing(line):
+            line.request("GET", "/health")
+            date = line.getresponse().getheader("Date", "")
     except ssl.SSLCertVerificationError as error:
         raise FederationError(
             f"{host}:{port} shows a certificate that does not hold: {error.verify_message}",
@@ -300,6 +302,23 @@ def _server(settings: NodeFile) -> _Found:
             f"{host}:{port} does not answer ({error.strerror or error})",
             hint="is it up, and does a firewall let this node out?",
         ) from None
+    except HTTPException as error:
+        raise FederationError(
+            f"{host}:{port} gives no answer that can be read ({type(error).__name__})",
+            hint="is this the Fleet API's port?",
+        ) from None
+    now, answers = datetime.now(UTC), f"{host}:{port} answers, and is who it should be"
+    try:
+        there = parsedate_to_datetime(date)
+    except ValueError:
+        return NOTE, f"{answers}, but does not say what time it is", ""
+    if abs(now - there) > _SLACK:
+        return (
+            WRONG,
+            f"it is {now:%F %T} here, but {there:%F %T} at the server",
+            "set the clock that is wrong: a round that seems to be over is not answered",
+        )
+    return OK, answers, ""
 
 
 def _open(settings: NodeFile) -> Ledger:

@@ -1,4 +1,7 @@
-"""The engine "ray": the same two apps under Flower's own simulation runtime."""
+"""The engine "ray": the same two apps under Flower's own simulation runtime.
+
+On this machine alone, or on the cluster that RAY_ADDRESS names, as Ray itself reads it.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedfuse.errors import FederationError
 from fedfuse.federation.flower import GridView
+from fedfuse.federation.processes import answers
 
 __all__ = ["run_on_ray"]
 
-_PULL_S = 0.1
+_ADDRESS = "RAY_ADDRESS"
+_KNOCK_S, _PULL_S = 5.0, 0.1
 
 
 def run_on_ray(
@@ -30,7 +35,10 @@ def run_on_ray(
     """Runs `server` with `nodes` nodes that answer by `client`.
 
     A KeyboardInterrupt reaches the server between two looks for replies, since Flower runs it in
-    a thread of its own, and comes out here. Raises FederationError where Ray is not installed.
+    a thread of its own, and comes out here. On a cluster `workers` has no say: there are as many
+    as it has cores.
+
+    Raises FederationError where Ray is not installed, or its cluster does not answer.
     """
     if importlib.util.find_spec("ray") is None:
         raise FederationError(
@@ -38,6 +46,8 @@ def run_on_ray(
             where="federation.engine = ray",
             hint='pip install "fedfuse[ray]", or take federation.engine = "loopback"',
         )
+    address = os.environ.get(_ADDRESS, "")
+    _check_cluster(address)
     from flwr.simulation import run_simulation
 
     stop = threading.Event()
@@ -53,7 +63,7 @@ def run_on_ray(
             failure.append(error)
 
     settings: dict[str, Any] = {"include_dashboard": False, "log_to_driver": verbose}
-    if workers:
+    if workers and not address:
         settings["num_cpus"] = workers
     if not verbose:
         settings["logging_level"] = logging.ERROR
@@ -100,6 +110,17 @@ class _Stoppable(GridView):
     def _look(self) -> None:
         if self._stop.is_set():
             raise KeyboardInterrupt
+
+
+def _check_cluster(address: str) -> None:
+    """Raises FederationError where nobody answers there: Ray itself would wait for ever."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal() and not answers(host, int(port), _KNOCK_S):
+        raise FederationError(
+            "the Ray cluster does not answer",
+            where=f"{_ADDRESS} = {address}",
+            hint="start it (ray start --head), or unset the variable to run on this machine alone",
+        )
 
 
 def _gpu_share(workers: int) -> float:

@@ -245,8 +245,13 @@ class TrainRequest:
 
     def check_time(self) -> None:
         """Raises WireError where the answer would come after the deadline."""
-        if self.deadline and time.time() > self.deadline:
-            raise WireError(f"round {self.round} is over: the request came after its deadline")
+        late = time.time() - self.deadline
+        if self.deadline and late > 0:
+            doubt = ", by more than an hour: is this node's clock right?" if late > 3600 else ""
+            raise WireError(
+                f"round {self.round} is over: the request came after its deadline{doubt}",
+                hint="`fedfuse node check` compares the clocks",
+            )
 
     def check_signature(self) -> None:
         """Raises WireError where the request names a server that did not sign it."""

@@ -7,10 +7,13 @@ import io
 import json
 import os
 import shutil
+import ssl
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from fedfuse.cli import main
 from fedfuse.cli.node import _answer_line
+from fedfuse.federation.certificates import issue, make_authority
 from fedfuse.federation.door import Door
 from fedfuse.federation.newnode import node_key
 from fedfuse.federation.nodefile import NodeFile
@@ -129,6 +133,43 @@ def test_the_server_is_asked_unless_offline(run: Run, made: Path) -> None:
     found = looks(run)["server"]
     assert found["state"] == "wrong"
     assert "127.0.0.1:1 does not answer" in found["found"]
+
+
+@pytest.mark.parametrize(
+    ("days", "state", "found"),
+    [(0, "ok", "is who it should be"), (-1, "wrong", "at the server"), (1, "wrong", "it is ")],
+)
+def test_the_clocks_of_node_and_server_are_compared(
+    run: Run, made: Path, tmp_path: Path, days: int, state: str, found: str
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return super().date_time_string(time.time() + 86400 * days)
+
+        def log_message(self, *_: object) -> None: ...
+
+    make_authority(tmp_path / "ca.key", made / "ca.new", name="a federation")
+    issue(tmp_path / "key", tmp_path / "pem", authority_key=tmp_path / "ca.key",
+          authority=made / "ca.new", names=["localhost"])  # fmt: skip
+    (made / "ca.new").replace(made / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "pem", tmp_path / "key")
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = (made / "node.toml").read_text()
+        here = f"localhost:{server.server_port}"
+        (made / "node.toml").write_text(settings.replace("127.0.0.1:1", here))
+        look = looks(run)["server"]
+        server.shutdown()
+    assert look["state"] == state, look
+    assert found in look["found"]
+    assert ("set the clock" in look["remedy"]) == bool(days)
 
 
 def spoil(made: Path, what: str, tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ HOSTILE: dict[str, tuple[Callable[[Clinic], Any], str]] = {
     "signed by a stranger": (a_stranger, "not one that this node answers"),
     "changed on its way": (changed_on_the_way, "did not sign it"),
     "other weights than signed": (other_weights, "did not sign it"),
-    "late": (lambda c: c.request(deadline=1.0), "after its deadline"),
+    "late": (lambda c: c.request(deadline=time.time() - 1), "after its deadline$"),
+    "late by a day": (lambda c: c.request(deadline=time.time() - 86400), "clock right"),
     "of another configuration": (lambda c: c.request(digest="e" * 64), "another configuration"),
 }
 

@@ -20,6 +20,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedfuse.cli import main
+from fedfuse.federation import deploy
 from fedfuse.federation.bundle import write_bundle
 from fedfuse.federation.certificates import issue, make_authority
 from fedfuse.federation.processes import (
@@ -31,6 +33,7 @@ from fedfuse.federation.processes import (
     program,
     wait_until,
 )
+from fedfuse.federation.running import turned_away
 from fedfuse.federation.tickets import is_conducted
 from fedfuse.privacy import accounting
 from fedfuse.privacy.ledger import Ledger, verify
@@ -102,19 +105,69 @@ def test_who_may_not_connect_is_told_why(federation: Federation, tmp_path: Path)
         old = Process([sys.executable, "-c", code], environment=environment(tmp_path),
                       folder=tmp_path, log=tmp_path / "old.log")  # fmt: skip
         stack.enter_context(old)
-        for number, (trust, port_, text) in enumerate(
+        for number, (trust, port_, text, why) in enumerate(
             (
-                ([*right, *stranger], None, "[code: 2004]"),
-                (right, None, "SuperNode authentication is enabled"),
-                ([*wrong, *own], None, "certificate verify failed"),
-                (["--insecure"], None, "Connection attempt failed"),
-                ([*wrong, *own], port, "certificate has expired"),
+                ([*right, *stranger], None, "[code: 2004]", "does not know this node's key"),
+                (right, None, "SuperNode authentication is enabled", "wants a key"),
+                ([*wrong, *own], None, "certificate verify failed", "does not vouch"),
+                (["--insecure"], None, "Connection attempt failed", "this node does not"),
+                ([*wrong, *own], port, "certificate has expired", "ran out"),
             )
         ):
             folder = tmp_path / str(number)
             folder.mkdir()
-            says(stack.enter_context(federation.knock(folder, trust, port_)), text)
+            knocking = stack.enter_context(federation.knock(folder, trust, port_))
+            says(knocking, text)
+            assert knocking.log is not None
+            assert why in turned_away(knocking.log)
         assert all(each["status"] == "registered" for each in federation.link.nodes())
+    log = federation.link.server.log.read_text()
+    assert "ApiError:2004" in log
+    assert "ApiError:2001" in log
+    assert "turned away  a key that is not registered" in fedfuse(
+        "server", "status", federation.srv
+    ).stdout  # fmt: skip
+
+
+@pytest.mark.skipif(not os.environ.get("FEDFUSE_ALL"), reason="a minute; FEDFUSE_ALL=1 runs it")
+def test_a_bundle_that_was_tampered_with_is_refused_and_both_sides_say_so(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that brings a fedfuse of its own, and one that asks for another learning rate."""
+
+    def thick(bundle: Path) -> None:
+        write_bundle(bundle)
+        shutil.copytree(ROOT / "fedfuse", bundle / "fedfuse")
+        settings = bundle / "pyproject.toml"
+        settings.write_text(
+            settings.read_text().replace('"/clients/**', '"/fedfuse/**/*.py", "/clients/**')
+        )
+
+    def changed(bundle: Path) -> None:
+        write_bundle(bundle)
+        app = bundle / "clients" / "app.py"
+        app.write_text(
+            "import fedfuse.federation.forward as forward\n"
+            "whole = forward.forwarded\n"
+            "def other(path, letter, **more):\n"
+            "    letter.record['config']['job.learning_rate'] = 0.25\n"
+            "    return whole(path, letter, **more)\n"
+            "forward.forwarded = other\n" + app.read_text()
+        )
+
+    words = ["server", "run", str(federation.srv), str(federation.scenario)]
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(federation.start_node(node)) for node in federation.nodes]
+        wait_for_nodes(federation, nodes)
+        for tampered, said in ((thick, "runs a fedfuse of its own"), (changed, "did not sign it")):
+            monkeypatch.setattr(deploy, "write_bundle", tampered)
+            assert main(words) == 7
+            assert capsys.readouterr().err.count(said) == 3
+            for node in federation.nodes:
+                assert "refused (WireError: " in node.with_suffix(".log").read_text()
+                assert said in node.with_suffix(".log").read_text()
+    for node in federation.nodes:
+        assert Ledger.open(node / "ledger").datasets() == ()
 
 
 def test_a_run_outlives_the_superlink_and_its_own_server_app(federation: Federation) -> None:

@@ -1,7 +1,4 @@
-"""Disks that are really full or really read-only, and what is said of them.
-
-They are tmpfs of a few pages, mounted for the test: only root can, and elsewhere these are skipped.
-"""
+"""Disks that are really full or really read-only, and what is said of them."""
 
 from __future__ import annotations
 
@@ -17,33 +14,18 @@ from fedfuse.cli import main
 from fedfuse.errors import LedgerError
 from fedfuse.privacy.ledger import Ledger, verify
 from fedfuse.privacy.transfer import exported
+from tests.disks import fill_up, mount, small_disk
 from tests.privacy.ledgers import fill, mechanism, spend
 
 ROOT = Path(__file__).resolve().parents[2]
 Say = Callable[..., tuple[int, list[str]]]
 
 
-def mount(*words: object) -> bool:
-    try:
-        done = subprocess.run(
-            ["mount", *map(str, words)], capture_output=True, check=False, timeout=30
-        )
-    except OSError:
-        return False
-    return done.returncode == 0
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.getuid() != 0 or not mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", folder):
-        pytest.skip("nothing can be mounted here")
-    try:
+    with small_disk(tmp_path / "small") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True, timeout=30)
 
 
 @pytest.fixture
@@ -55,14 +37,6 @@ def say(capfd: pytest.CaptureFixture[str]) -> Say:
         return code, capfd.readouterr().err.splitlines()
 
     return run
-
-
-def fill_up(folder: Path, *, but: int = 0) -> Path:
-    """All pages of a disk but some are taken."""
-    filler = folder / "filler"
-    free = os.statvfs(folder)
-    filler.write_bytes(b"\0" * (free.f_bavail - but) * free.f_bsize)
-    return filler
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -45,6 +45,7 @@ from fedfuse.models.model import count_parameters
 from fedfuse.privacy import accounting
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.spec import Unit
+from fedfuse.reports.budget import of_run
 from fedfuse.runfolder import RunFolder
 from tests.federation.consortium import Consortium, VaultGrid
 
@@ -99,6 +100,9 @@ def test_real_nodes_under_masks_spend_and_state_what_simulated_ones_do(
     assert set(found["epsilon_by_node"].values()) == set(wanted["epsilon_by_node"].values())
     assert found["noise_source"] == "operating system"
     assert {event.status for event in RunFolder.open(tmp_path / "run").events()} == {"spent"}
+    facts = of_run(tmp_path / "run")
+    assert facts.problems == ()
+    assert [one.role for one in facts.statements] == ["node", "model"]
     told = " ".join(real["assumptions"])
     assert "sees only sums of 3 or more of the 3 to 4 updates" in told
     assert "at most 0 of these nodes" in told

@@ -54,6 +54,7 @@ from fedfuse.federation.superlink import SuperLink
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = 30
 """Of each node, as declared."""
+_LAST = 19
 _BRINGS = {
     "fedfuse": ("fedfuse.federation.preload", "fedfuse.cli.node", "fedfuse.federation.vault"),
     "flower": ("flwr.supernode.cli", "flwr.supernode.main", "flwr.supercore.cli"),
@@ -304,7 +305,11 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def fork_all(brings: str, path: Path) -> None:
     """Loads what `brings` names, then forks a process for each command in the file `path`, and
-    waits; SIGTERM, which reaches all of them, ends it."""
+    waits; SIGTERM, which reaches all of them, ends it.
+
+    They are nodes, and would be on machines of their own: what the server wants goes before.
+    """
+    os.setpriority(os.PRIO_PROCESS, 0, _LAST)
     for module in _BRINGS[brings]:
         importlib.import_module(module)
     for each in json.loads(path.read_text()):

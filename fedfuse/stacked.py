@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedfuse.batch import Batch
+from fedfuse.privacy.lengths import lengths
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, shuffled_batches
 from fedfuse.privacy.spec import Unit
@@ -317,7 +318,7 @@ def _factors(
     """
     from fedfuse.privacy.dpsgd import clip_factors
 
-    norms = torch.stack([torch.linalg.vector_norm(x, dim=2) for x in grads])
+    norms = torch.stack([lengths(x) for x in grads])
     by_part = torch.stack([torch.linalg.vector_norm(norms[part], dim=0) for part in parts])
     factors = clip_factors(by_part, bounds[:, None, None])
     sound = factors.gt(0).all(0) & (mask > 0)

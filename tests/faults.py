@@ -228,10 +228,21 @@ FAULTS = (
     ),
     Fault(
         line=4,
+        name="long-gradients-too-short",
+        file="fedfuse/privacy/lengths.py",
+        old="_RUN = 1024",
+        new="_RUN = 1 << 60",
+        tests=(
+            f"{CLIPPING}test_no_contribution_of_a_million_numbers_exceeds_the_clip_norm",
+            f"{CLIPPING}test_lengths_are_right_however_many_numbers_there_are",
+        ),
+    ),
+    Fault(
+        line=4,
         name="noise-of-two-thirds",
         file="fedfuse/privacy/noise.py",
-        old="radius *= -2.0 * std * std / 4.0",
-        new="radius *= -2.0 * std * std / 9.0",
+        old="radius *= -2.0 * std * std / 8.0",
+        new="radius *= -2.0 * std * std / 18.0",
         tests=(f"{NOISE}test_noise_has_the_declared_sigma",),
     ),
     Fault(
@@ -281,9 +292,17 @@ FAULTS = (
         line=6,
         name="noise-from-torch",
         file="fedfuse/privacy/noise.py",
-        old="self._stream.update_into(memoryview(self._zeros)[: 16 * pairs], drawn.data)",
-        new="drawn[:] = torch.randint(256, (16 * pairs,), dtype=torch.uint8).numpy()",
+        old="self._stream.update_into(memoryview(self._zeros)[: 8 * count], drawn.data)",
+        new="drawn[:] = torch.randint(256, (8 * count,), dtype=torch.uint8).numpy()",
         tests=(f"{NOISE}test_torch_seed_does_not_touch_noise",),
+    ),
+    Fault(
+        line=6,
+        name="threads-make-the-same-noise",
+        file="fedfuse/privacy/noise.py",
+        old="_Source(self._key, first + _bytes_of(start))",
+        new="_Source(self._key, first)",
+        tests=(f"{NOISE}test_several_threads_make_the_same_noise_and_go_on_after_it",),
     ),
     Fault(
         line=6,

@@ -36,6 +36,7 @@ __all__ = [
     "with_id",
 ]
 
+_log = logging.getLogger("fedfuse.server")
 RUN_ID = 1
 """The run's number in the loopback engine, which has one run."""
 SERVER_ID = 0
@@ -147,9 +148,16 @@ class GridView(MessageGrid):
 class PackedGrid(GridView):
     """A real federation's grid: the arrays of each message travel as one, and replies are looked
     for more often than Flower's own grid does. Where models are large, a few replies at a time are
-    in memory, however many have come."""
+    in memory, however many have come.
+
+    A node that stays silent long after others have answered, or for half of the time, is asked once
+    more: Flower 1.41 forgets a message that a SuperNode could not fetch whole. A node answers a
+    request once, so nothing is spent twice.
+    """
 
     look_s = 0.5
+    patience_s = 60.0
+    """So long, and as long as the answers so far took, nothing may come until it is asked again."""
     at_once = 256 << 20
     """Bytes of replies that are taken in together, where each is as large as its request."""
 
@@ -160,6 +168,43 @@ class PackedGrid(GridView):
     def get_node_ids(self) -> Iterable[int]:
         """As the grid behind it."""
         return self._grid.get_node_ids()
+
+    def replies(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """As every grid; requests to train are repeated once."""
+        asked, repeated = list(messages), False
+        waiting = self._pushed(asked)
+        begun = last = time.monotonic()
+        while waiting and (timeout is None or time.monotonic() < begun + timeout):
+            for message in self.pull_messages(list(waiting)):
+                answered = waiting.get(message.metadata.reply_to_message_id)
+                if answered is not None:
+                    node, last = answered.metadata.dst_node_id, time.monotonic()
+                    waiting = {i: m for i, m in waiting.items() if m.metadata.dst_node_id != node}
+                    yield message
+            silent = [one for one in waiting.values() if one.metadata.message_type == "train"]
+            if silent and not repeated and self._is_long(begun, last, timeout):
+                repeated = True
+                again = [
+                    Message(one.content, one.metadata.dst_node_id, "train",
+                            group_id=one.metadata.group_id)
+                    for one in silent
+                ]  # fmt: skip
+                _log.warning("%d nodes are silent, and are asked once more", len(again))
+                waiting |= self._pushed(again)
+            if waiting:
+                time.sleep(self.look_s)
+
+    def _pushed(self, messages: list[Message]) -> dict[str, Message]:
+        """By id, what the SuperLink took."""
+        return {i: m for i, m in zip(self.push_messages(messages), messages, strict=False) if i}
+
+    def _is_long(self, begun: float, last: float, timeout: float | None) -> bool:
+        now = time.monotonic()
+        if timeout is not None and now > begun + timeout / 2:
+            return True
+        return last > begun and now - last > max(self.patience_s, last - begun)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sends `messages`, which stay as they are; what many nodes get is packed once."""

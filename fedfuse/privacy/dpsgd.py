@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
+from fedfuse.privacy.lengths import lengths
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.safety import check_model
 from fedfuse.privacy.sums import Sums
@@ -174,7 +175,7 @@ class PrivateOptimizer:
                 whole = p.grad_sample.new_zeros((units, *p.shape))
                 p.grad_sample = whole.index_add_(0, owners, p.grad_sample)
         norms = [
-            torch.stack([self.params[i].grad_sample.flatten(1).norm(dim=1) for i in part.places])
+            torch.stack([lengths(self.params[i].grad_sample.flatten(1)) for i in part.places])
             for part in self.parts
         ]
         factors = self._factors(torch.stack([part.norm(dim=0) for part in norms]))

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, RecordDict
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import open_node
@@ -564,6 +566,51 @@ def test_a_message_of_masks_holds_nothing_else(hostile: Hostile) -> None:
         hostile.nodes.hear(101, RecordDict({"config": ConfigRecord(good)}), version="0.0.9")
     )
     assert "problem" not in hostile.told(good)
+
+
+VALUES: st.SearchStrategy[Any] = st.one_of(
+    st.text(max_size=40),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.booleans(),
+    st.binary(max_size=200),
+    st.lists(st.sampled_from(["site-1", "site-2", "site-9", ""]), max_size=4),
+    st.lists(st.binary(max_size=170), max_size=4),
+)
+FIELDS = (
+    "request",
+    "names",
+    "parts",
+    "nodes",
+    "threshold",
+    "length",
+    "digest",
+    "signature",
+    "more",
+)
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    stage=st.sampled_from([*STAGES, "mask", "over"]),
+    announced=st.booleans(),
+    changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3),
+)
+def test_whatever_comes_as_a_stage_is_refused_in_words_and_reads_nothing(
+    hostile: Hostile, unread: list[int], stage: str, announced: bool, changes: dict[str, Any]
+) -> None:
+    fresh = dataclasses.replace(hostile.terms, request=secrets.token_hex(16))
+    good = terms_to_config(fresh, hostile.nodes.server)
+    assert "problem" not in hostile.told(good)
+    other = dataclasses.replace(fresh, request=secrets.token_hex(16))
+    base = terms_to_config(other) if announced else to_config(stage, fresh.request, {})
+    assume(any(base.get(key) != value for key, value in changes.items()))
+    told = hostile.told(dict(base) | {"stage": stage} | changes)
+    assert 0 < len(str(told["problem"])) < 500
+    assert set(told) == {"stage", "problem"}
+    assert (unread, spends(hostile.nodes)) == ([], 0)
 
 
 # ---- what the node's operator says

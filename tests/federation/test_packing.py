@@ -146,3 +146,59 @@ def test_large_replies_come_a_few_at_a_time() -> None:
     assert pulls(5 * size) == [5]
     assert pulls(2 * size) == [2, 2, 1]
     assert pulls(1) == [1] * 5
+
+
+class Forgetful(Echo):
+    """What goes to node 7 is lost the first time, and comes twice from node 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pushed: list[list[int]] = []
+        self.there: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        whole = [with_id(message) for message in messages]
+        self.pushed.append([message.metadata.dst_node_id for message in whole])
+        for message in whole:
+            node = message.metadata.dst_node_id
+            lost = node == 9 or (node == 7 and len(self.pushed) == 1)
+            asked = received(message.content, message.metadata)
+            copies = 0 if lost else 2 if node == 8 else 1
+            self.there += [Message(message.content, reply_to=asked) for _ in range(copies)]
+        return [message.metadata.message_id for message in whole]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        ids, whole = set(message_ids), self.there
+        self.there = [m for m in whole if m.metadata.reply_to_message_id not in ids]
+        return [m for m in whole if m.metadata.reply_to_message_id in ids]
+
+
+@pytest.mark.parametrize(
+    ("kind", "patience_s", "timeout", "again"),
+    [
+        ("train", 0.0, 5.0, [7]),  # long after the others
+        ("train", 60.0, 0.2, [7]),  # half of the time
+        ("train", 60.0, None, []),
+        ("query", 0.0, 0.2, []),
+    ],
+)
+def test_a_node_whose_request_was_lost_is_asked_once_more(
+    kind: str, patience_s: float, timeout: float | None, again: list[int]
+) -> None:
+    flower = Forgetful()
+    grid = PackedGrid(flower)
+    grid.patience_s, grid.look_s = patience_s, 0.01
+    nodes = [6, 7, 8] if timeout else [6, 8]
+    messages = [Message(a_record(), dst_node_id=node, message_type=kind) for node in nodes]
+    found = [m.metadata.src_node_id for m in replies(grid, messages, timeout=timeout)]
+    assert found == ([6, 8, 7] if again else [6, 8])
+    assert flower.pushed == [nodes, again] if again else [nodes]
+
+
+def test_a_node_that_stays_silent_is_asked_twice_at_the_most() -> None:
+    flower = Forgetful()
+    grid = PackedGrid(flower)
+    grid.patience_s, grid.look_s = 0.0, 0.01
+    messages = [Message(a_record(), dst_node_id=node, message_type="train") for node in (6, 9)]
+    assert len(list(replies(grid, messages, timeout=0.3))) == 1
+    assert flower.pushed == [[6, 9], [9]]

@@ -46,7 +46,9 @@ def stated(unit: Unit, **changes: Any) -> dict[str, Any]:
         for round in range(1, 11)
         if (node, round) != ("b", 4)
     ]
-    session = SimpleNamespace(config=settled.config, mechanism=mechanism, spent=Spent(events))
+    session = SimpleNamespace(
+        config=settled.config, mechanism=mechanism, spent=Spent(events), removable=False
+    )
     return summary._privacy(cast(Session, session))
 
 

@@ -24,6 +24,7 @@ from fedfuse.privacy.dpsgd import (
     private_step,
     with_record_gradients,
 )
+from fedfuse.privacy.lengths import lengths
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.safety import check_model
 from fedfuse.privacy.spec import CLIPPINGS
@@ -89,7 +90,7 @@ def oracle(
 
 
 def clipped_sum(
-    model: FusionModel,
+    model: nn.Module,
     batch: Batch,
     clip_norm: float,
     physical_batch: int = 64,
@@ -119,6 +120,37 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 
 
 SLOW = pytest.mark.slow
+
+
+class Wide(nn.Module):
+    """A layer of a million weights, for which gradients are written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1000, 1000, bias=False)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.layer(batch.inputs["x"]).square().mean((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_no_contribution_of_a_million_numbers_exceeds_the_clip_norm(clipping: str) -> None:
+    """In float32: torch's own norm of so many is 1e-5 too small."""
+    torch.manual_seed(0)
+    batch = Batch(
+        {"x": torch.randn(1, 700, 1000)}, {"x": torch.ones(1, dtype=torch.bool)}, torch.zeros(1)
+    )
+    model = Wide()
+    total = clipped_sum(model, batch, 1e-3, clipping=clipping, loss_of=lambda y, _: y.squeeze(1))
+    length = float(total[0].double().norm())
+    assert 1e-3 * (1 - 3e-6) <= length <= 1e-3
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3_000_000), st.integers(0, 2**31))
+def test_lengths_are_right_however_many_numbers_there_are(count: int, seed: int) -> None:
+    x = torch.randn(2, count, generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(lengths(x).double(), x.double().norm(dim=1), rtol=5e-7)
 
 
 @pytest.mark.parametrize("clip_norm", [0.05, 100.0])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.privacy.clipping.costs import SMALL
+from fedfuse.privacy.lengths import lengths
 
 __all__ = ["Book", "Entry", "Owners"]
 
@@ -303,5 +304,4 @@ def _all(grads: Tensor, live: Tensor | None, rows: int) -> Tensor:
 
 def _squares(grads: Tensor) -> Tensor:
     """(U, n) -> (U,)."""
-    norms: Tensor = torch.linalg.vector_norm(grads, dim=1)
-    return norms.square_()
+    return lengths(grads).square_()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL
 from fedfuse.privacy.clipping.layer import Layer
+from fedfuse.privacy.lengths import lengths
 
 __all__ = ["EmbeddingLayer"]
 
@@ -60,8 +61,7 @@ class EmbeddingEntry:
         row += torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
         sums = torch.zeros_like(g).view(-1, g.shape[2])
         sums.index_add_(0, row.view(-1), g.reshape(-1, g.shape[2]))
-        norms: Tensor = torch.linalg.vector_norm(sums.view(len(ids), -1), dim=1)
-        return norms.square()
+        return lengths(sums.view(len(ids), -1)).square_()
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         g = self.g if broken is None else self.g.masked_fill(broken[:, None, None], 0)

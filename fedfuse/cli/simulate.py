@@ -95,6 +95,8 @@ def simulate(
       fedfuse simulate --unit none                       NOT PRIVATE, to compare with
       fedfuse simulate --resume runs/demo-20250131-101500
     """
+    # Before numpy is loaded: its threads are of no use here, and keep `copy_of_this` from copying.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     flags = Flags(
         scenario=scenario,
         data=data,
@@ -155,7 +157,6 @@ def _run(
 def _loaded(config: RunConfig) -> Callable[..., dict[str, Any]]:
     """`simulate`, with all that it needs; and where workers are needed, what they are forked from,
     while this process has one thread."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads, which nothing here uses
     from fedfuse.federation.simulate import simulate as federate
 
     if config.federation.engine == "loopback":

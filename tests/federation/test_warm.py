@@ -1,0 +1,78 @@
+"""Workers are forked from a copy of the process that loaded everything, where that is safe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_HEAD = """
+import os, sys, threading, time
+from fedfuse.federation.warm import context, copy_of_this
+
+LOADED = []  # what this process has loaded by the time it is copied
+
+def look(pipe):
+    pipe.send((os.getpid(), os.getppid(), sys.modules["loaded"].LOADED))
+"""
+_COPIED = f"""{_HEAD}
+sys.modules["loaded"] = sys.modules["__main__"]
+LOADED.append("everything")
+assert copy_of_this()
+assert copy_of_this()  # there is one: nothing happens
+LOADED.append("afterwards")
+here, there = context().Pipe()
+worker = context().Process(target=look, args=(there,))
+worker.start()
+there.close()
+pid, parent, loaded = here.recv()
+worker.join(30)
+assert worker.exitcode == 0
+assert loaded == ["everything"], loaded
+print(parent, flush=True)
+time.sleep(600)
+"""
+_THREADED = f"""{_HEAD}
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+assert not copy_of_this()
+"""
+
+
+def run(code: str, folder: Path) -> subprocess.Popen[str]:
+    path = folder / "program.py"
+    path.write_text(f"if __name__ == '__main__':\n{_indented(code)}", encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _indented(code: str) -> str:
+    return "".join(f"    {line}\n" for line in code.splitlines())
+
+
+def test_a_worker_has_what_was_loaded_and_the_copy_ends_with_its_parent(tmp_path: Path) -> None:
+    with run(_COPIED, tmp_path) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        copy = int(line or 0)
+        assert os.readlink(f"/proc/{copy}/exe") == os.readlink(f"/proc/{process.pid}/exe")
+        process.send_signal(signal.SIGKILL)  # nothing is told to anybody
+        end = time.monotonic() + 30
+        while Path(f"/proc/{copy}").exists() and _state(copy) != "Z":
+            assert time.monotonic() < end, "the copy is left over"
+            time.sleep(0.05)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
+    with run(_THREADED, tmp_path) as process:
+        assert process.wait(60) == 0, process.stderr

@@ -129,6 +129,12 @@ def _node_file(path: Path, settings: NodeFile) -> _Found:
         return NOTE, "whoever reaches this node is answered", "name servers in policy.servers"
     if settings.policy.unit == "none":
         return NOTE, 'NOT PRIVATE: policy.unit = "none"', "only where nothing has to be protected"
+    if settings.policy.seeded_noise:
+        return (
+            NOTE,
+            "NOT PRIVATE where a run has a noise seed: policy.seeded_noise",
+            "for trials only: set it to false",
+        )
     promise = f"epsilon = {settings.policy.max_epsilon:g}, delta = {settings.policy.delta:g}"
     return OK, f'unit "{settings.policy.unit}", {promise}', ""
 

@@ -47,7 +47,8 @@ def make_server_app(
     """The ServerApp of a run.
 
     config   a simulation's; None takes Flower's run config
-    conduct  what to do with the grid; None serves a real federation, see `serve`
+    conduct  what to do with the grid; None serves a real federation, see `serve`, or simulates one
+             where the nodes are Flower's virtual ones, see `virtual`
     """
     app = ServerApp()
 
@@ -55,12 +56,14 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         if conduct is not None:
             conduct(grid)
+            return
+        ours = RunConfig.from_flat(context.run_config) if config is None else config
+        from fedfuse.federation import virtual  # which knows how simulations are made
+
+        if virtual.is_virtual(grid):
+            virtual.conduct_virtual(grid, ours, context.run_id)
         else:
-            serve(
-                grid,
-                RunConfig.from_flat(context.run_config) if config is None else config,
-                flower_run=context.run_id,
-            )
+            serve(grid, ours, flower_run=context.run_id)
 
     return app
 

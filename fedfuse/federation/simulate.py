@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ def simulate(
     resume: bool = False,
     ledgers: Path | None = None,
     verbose: bool = False,
+    conduct: Callable[[Session, Path], None] | None = None,
 ) -> dict[str, Any]:
     """Runs `config` with simulated nodes into the folder `out`; the summary, as written there.
 
@@ -63,7 +64,7 @@ def simulate(
     with a summary whose status is "interrupted"; after the last round the run is finished all the
     same. `resume` goes on from there, with the budget as it stands. `ledgers`: a folder with a
     ledger for each node, made if it is not there; what other runs spent on the same records then
-    counts.
+    counts. `conduct` runs the rounds, with the data in a store, in the place of the engine.
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
     """
@@ -97,7 +98,7 @@ def simulate(
         del prepared  # from here on it is memory-mapped
         books = open_ledgers(ledgers, names) if ledgers is not None else ()
         folder = RunFolder.create(out, config, resume=resume)
-        with quiet(folder.log, verbose=verbose):
+        with quiet(folder.log, verbose=verbose or conduct is not None):
             session = Session(
                 announced=config,
                 config=settled.config,
@@ -128,7 +129,10 @@ def simulate(
             )
             status, problem = "finished", ""
             try:
-                _run(session, store, books, roster, verbose=verbose)
+                if conduct is not None:
+                    conduct(session, store)
+                else:
+                    _run(session, store, books, roster, verbose=verbose)
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt)
                 if not interrupted or session.done < session.last:

@@ -177,6 +177,9 @@ def spoil(made: Path, what: str, tmp_path: Path) -> None:
     match what:
         case "settings":
             (made / "node.toml").write_text(text.replace("max_epsilon", "max_epsilom"))
+        case "seeds":
+            text = text.replace("seeded_noise = false", "seeded_noise = true")
+            (made / "node.toml").write_text(text)
         case "settings' rights":
             (made / "node.toml").chmod(0o622)
         case "key":
@@ -212,6 +215,7 @@ def spoil(made: Path, what: str, tmp_path: Path) -> None:
     ("what", "name", "state", "found", "remedy"),
     [
         ("settings", "node.toml", "wrong", "unknown setting policy.max_epsilom", ""),
+        ("seeds", "node.toml", "note", "NOT PRIVATE where a run has a noise seed", "for trials"),
         ("settings' rights", "node.toml", "wrong", "others may write", "chmod 600"),
         ("key", "node's key", "wrong", "others may read", "chmod 600"),
         ("no key", "node's key", "wrong", "not in OpenSSH's format", ""),

@@ -8,10 +8,10 @@ Each node has a folder with data, policy, ledger, anchor and keys of its own, as
 and `fedfuse node prepare` make it, and is registered by its operator's command. In `rounds` and
 `large` it is started by `fedfuse node start`.
 
-Sixty-four such nodes take some 45 GB. So in `crowd` a node's three lasting processes (vault,
-SuperNode, SuperExec, each with its own command line) are forked from two that have loaded torch, or
-Flower, once: what they loaded they share, all else is their own. The app that Flower starts anew
-for each message is started as ever.
+Sixty-four such nodes take some 45 GB, and their apps, which all start at once and must be there
+within Flower's 30 s, some 90 CPU seconds. So in `crowd` a node's processes (vault, SuperNode,
+SuperExec, and an app anew for each message; each with its own command line) are forked from two
+that have loaded torch, or Flower, once: what these loaded is shared, all else is their own.
 
 Memory is proportional (PSS), CPU is user and system time of all processes, seen twice a second: the
 last half second of each may be missing.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -57,7 +58,12 @@ RECORDS = 30
 _LAST = 19
 _BRINGS = {
     "fedfuse": ("fedfuse.federation.preload", "fedfuse.cli.node", "fedfuse.federation.vault"),
-    "flower": ("flwr.supernode.cli", "flwr.supernode.main", "flwr.supercore.cli"),
+    "flower": (
+        "flwr.supernode.cli",
+        "flwr.supernode.main",
+        "flwr.supercore.cli",
+        "flwr.supernode.runtime.run_clientapp",
+    ),
 }
 """What the processes that others are forked from load."""
 
@@ -188,7 +194,12 @@ class Deployment:
         ]
 
     def _forked(self, stack: ExitStack) -> list[Process]:
-        vaults, flower = [], []
+        vaults, flower, programs = [], [], self.folder / "bin"
+        programs.mkdir()
+        app = programs / "flwr-clientapp"
+        app.write_text(_FORKED_APP.format(python=sys.executable, door=self.folder / "flower.sock"))
+        app.chmod(0o755)
+        path = f"{programs}{os.pathsep}{environment(self.folder)['PATH']}"
         for node, port in zip(self.nodes, free_ports(len(self.nodes)), strict=True):
             log, home = str(node.with_suffix(".log")), {"FLWR_HOME": str(node / "flower")}
             words = ["fedfuse", "node", "start", str(node_file(node)), "--only", "vault"]
@@ -199,7 +210,7 @@ class Deployment:
                 [Path(program).name, *rest, "--port", str(port), "--isolation", "process"],
                 ["flower-superexec", "--insecure", "--runtime-api-address", address],
             ):
-                flower.append({"words": words, "log": log, "environment": home})
+                flower.append({"words": words, "log": log, "environment": home | {"PATH": path}})
         started = [self._fork(stack, "fedfuse", vaults)]
         doors = [node / "door" / "vault.sock" for node in self.nodes]
         wait_until(lambda: all(map(Path.exists, doors)), 600, "no vaults", *started)
@@ -279,7 +290,8 @@ def kind_of(words: Sequence[str], name: str) -> str:
             return kind
     if " fork " in text:
         names = {"node-start": "vault", "flower-supernod": "SuperNode"}
-        return (names | {"flower-superexe": "SuperExec"}).get(name, "forked from")
+        names |= {"flower-superexe": "SuperExec", "flwr-clientapp": "app of a message"}
+        return names.get(name, "forked from")
     return "commands"
 
 
@@ -305,20 +317,32 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def fork_all(brings: str, path: Path) -> None:
     """Loads what `brings` names, then forks a process for each command in the file `path`, and
-    waits; SIGTERM, which reaches all of them, ends it.
+    then one for whatever comes through its socket; SIGTERM, which reaches all of them, ends it.
 
     They are nodes, and would be on machines of their own: what the server wants goes before.
     """
     os.setpriority(os.PRIO_PROCESS, 0, _LAST)
     for module in _BRINGS[brings]:
         importlib.import_module(module)
-    for each in json.loads(path.read_text()):
-        if not os.fork():
-            _become(each["words"], Path(each["log"]), each["environment"])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    while True:
-        os.wait()
-        raise SystemExit("one of the processes ended: see the nodes' logs")
+    gc.freeze()  # or each process's own collector would touch, and so copy, all of it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(path.with_suffix(".sock")))
+        door.listen(128)
+        for each in json.loads(path.read_text()):
+            _fork(door, each)
+        while True:
+            line, _ = door.accept()
+            with line, line.makefile() as file:
+                wanted = json.loads(file.read())
+            _fork(door, wanted)
+
+
+def _fork(door: socket.socket, wanted: dict[str, Any]) -> None:
+    if not os.fork():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        door.close()
+        _become(wanted["words"], Path(wanted["log"]), wanted["environment"])
 
 
 def _become(words: list[str], log: Path, variables: dict[str, str]) -> None:
@@ -333,6 +357,16 @@ def _become(words: list[str], log: Path, variables: dict[str, str]) -> None:
     (program,) = entry_points(group="console_scripts", name=words[0])
     sys.exit(program.load()())
 
+
+_FORKED_APP = """#!{python} -ISs
+import json, os, socket, sys
+wanted = {{"words": ["flwr-clientapp", *sys.argv[1:]], "log": os.readlink("/proc/self/fd/1"),
+          "environment": {{"FLWR_HOME": os.environ["FLWR_HOME"]}}}}
+with socket.socket(socket.AF_UNIX) as door:
+    door.connect("{door}")
+    door.sendall(json.dumps(wanted).encode())
+"""
+"""What a SuperExec finds in the place of the app: it asks for one that is forked."""
 
 # ---- what is shown
 

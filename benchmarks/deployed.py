@@ -55,7 +55,6 @@ from fedfuse.federation.superlink import SuperLink
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = 30
 """Of each node, as declared."""
-_LAST = 19
 _BRINGS = {
     "fedfuse": ("fedfuse.federation.preload", "fedfuse.cli.node", "fedfuse.federation.vault"),
     "flower": (
@@ -319,9 +318,11 @@ def fork_all(brings: str, path: Path) -> None:
     """Loads what `brings` names, then forks a process for each command in the file `path`, and
     then one for whatever comes through its socket; SIGTERM, which reaches all of them, ends it.
 
-    They are nodes, and would be on machines of their own: what the server wants goes before.
+    Vaults take what is left of the cores: each of their nodes would have some of its own, and
+    Flower gives an app up that has not begun within 30 s.
     """
-    os.setpriority(os.PRIO_PROCESS, 0, _LAST)
+    if brings == "fedfuse":
+        os.nice(5)
     for module in _BRINGS[brings]:
         importlib.import_module(module)
     gc.freeze()  # or each process's own collector would touch, and so copy, all of it

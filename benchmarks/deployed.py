@@ -2,7 +2,7 @@
 
     python benchmarks/deployed.py rounds     # 3 nodes, 8 rounds, and the same on loopback
     python benchmarks/deployed.py large      # 2 nodes, 2 rounds, a model of 100 MB
-    python benchmarks/deployed.py crowd      # 64 nodes, 3 rounds
+    python benchmarks/deployed.py crowd      # 64 nodes, 3 rounds, eight at a time
 
 Each node has a folder with data, policy, ledger, anchor and keys of its own, as `fedfuse node init`
 and `fedfuse node prepare` make it, and is registered by its operator's command. In `rounds` and
@@ -75,6 +75,7 @@ class Case:
     rounds: int
     width: int = 8
     forked: bool = False
+    at_a_time: int = 0
 
     def settings(self) -> dict[str, Any]:
         """The run's configuration."""
@@ -83,7 +84,7 @@ class Case:
             "model": dict.fromkeys(("dim", "head_width", "vector_width"), self.width),
             "train": {"rounds": self.rounds, "local_steps": 2, "device": "cpu"},
             "privacy": {"declared_records": RECORDS, "epsilon": 8.0},
-            "federation": {"min_nodes": self.nodes},
+            "federation": {"min_nodes": self.nodes, "at_a_time": self.at_a_time},
         }
 
 
@@ -440,7 +441,7 @@ def loopback_s(folder: Path, told: Told) -> list[float]:
 CASES = {
     "rounds": Case(nodes=3, rounds=8),
     "large": Case(nodes=2, rounds=2, width=2500),
-    "crowd": Case(nodes=64, rounds=3, forked=True),
+    "crowd": Case(nodes=64, rounds=3, forked=True, at_a_time=8),
 }
 
 

@@ -106,6 +106,9 @@ class FederationConfig:
     that the server sees sums alone, see federation/masking. With unit "none" longer updates are cut
     to privacy.clip_norm."""
     round_timeout_s: float = 3600.0
+    at_a_time: int = 0
+    """Real nodes: how many train at the same time, within the round's time; 0: all. It keeps a
+    server that has little to work with from being asked by all of them at once."""
     engine: str = "loopback"
     workers: int = 0
     """Worker processes of the loopback engine. 0: one for each core, or for each GPU."""
@@ -400,6 +403,7 @@ def _check(config: RunConfig) -> None:
         ("federation.round_timeout_s", federation.round_timeout_s, 0.1, 1e7),
         ("federation.together", federation.together, 0, 64),
         ("federation.workers", federation.workers, 0, 1024),
+        ("federation.at_a_time", federation.at_a_time, 0, 100_000),
     ):
         if not low <= number <= high:
             raise ConfigError(f"{key} = {number}, but it must be from {low:g} to {high:g}")

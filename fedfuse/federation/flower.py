@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -153,6 +154,8 @@ class PackedGrid(GridView):
     A node that stays silent long after others have answered, or for half of the time, is asked once
     more: Flower 1.41 forgets a message that a SuperNode could not fetch whole. A node answers a
     request once, so nothing is spent twice.
+
+    at_a_time   how many nodes train at the same time, each asked once another has answered; 0: all
     """
 
     look_s = 0.5
@@ -161,8 +164,9 @@ class PackedGrid(GridView):
     at_once = 256 << 20
     """Bytes of replies that are taken in together, where each is as large as its request."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, *, at_a_time: int = 0) -> None:
         super().__init__(grid, ())
+        self._at_a_time = at_a_time
         self._largest = 1
 
     def get_node_ids(self) -> Iterable[int]:
@@ -173,19 +177,28 @@ class PackedGrid(GridView):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
         """As every grid; requests to train are repeated once."""
-        asked, repeated = list(messages), False
-        waiting = self._pushed(asked)
+        rest = deque(messages)
+        most = self._at_a_time or len(rest)
+        waiting: dict[str, Message] = {}
+        repeated: set[int] = set()
         begun = last = time.monotonic()
-        while waiting and (timeout is None or time.monotonic() < begun + timeout):
+        while (rest or waiting) and (timeout is None or time.monotonic() < begun + timeout):
+            free = most - len({one.metadata.dst_node_id for one in waiting.values()})
+            if rest and free > 0:
+                waiting |= self._pushed([rest.popleft() for _ in range(min(free, len(rest)))])
             for message in self.pull_messages(list(waiting)):
                 answered = waiting.get(message.metadata.reply_to_message_id)
                 if answered is not None:
                     node, last = answered.metadata.dst_node_id, time.monotonic()
                     waiting = {i: m for i, m in waiting.items() if m.metadata.dst_node_id != node}
                     yield message
-            silent = [one for one in waiting.values() if one.metadata.message_type == "train"]
-            if silent and not repeated and self._is_long(begun, last, timeout):
-                repeated = True
+            silent = [
+                one
+                for one in waiting.values()
+                if one.metadata.message_type == "train" and one.metadata.dst_node_id not in repeated
+            ]
+            if silent and self._is_long(begun, last, timeout):
+                repeated |= {one.metadata.dst_node_id for one in silent}
                 again = [
                     Message(one.content, one.metadata.dst_node_id, "train",
                             group_id=one.metadata.group_id)

@@ -139,7 +139,7 @@ def _serve(grid: Grid, config: RunConfig, path: Path, store: Path, journal: Jour
     status, problem = "finished", ""
     try:
         if session.first <= session.last:
-            session.conduct(PackedGrid(grid))
+            session.conduct(PackedGrid(grid, at_a_time=config.federation.at_a_time))
     except Exception as error:
         status, problem = "failed", str(error)
         raise

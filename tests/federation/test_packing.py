@@ -202,3 +202,26 @@ def test_a_node_that_stays_silent_is_asked_twice_at_the_most() -> None:
     messages = [Message(a_record(), dst_node_id=node, message_type="train") for node in (6, 9)]
     assert len(list(replies(grid, messages, timeout=0.3))) == 1
     assert flower.pushed == [[6, 9], [9]]
+
+
+def test_so_many_nodes_are_at_work_at_a_time_and_a_lost_request_keeps_nobody_waiting() -> None:
+    flower = Forgetful()
+    grid = PackedGrid(flower, at_a_time=2)
+    grid.patience_s, grid.look_s = 0.0, 0.01
+    messages = [
+        Message(a_record(), dst_node_id=node, message_type="train") for node in (1, 7, 2, 3, 8)
+    ]
+    found = [m.metadata.src_node_id for m in replies(grid, messages, timeout=5.0)]
+    assert sorted(found) == [1, 2, 3, 7, 8]
+    assert flower.pushed[0] == [1, 7]
+    assert all(len(pushed) <= 2 for pushed in flower.pushed)
+    assert sorted(node for pushed in flower.pushed for node in pushed) == [1, 2, 3, 7, 7, 8]
+
+
+def test_nobody_is_asked_once_the_time_is_up() -> None:
+    flower = Forgetful()
+    grid = PackedGrid(flower, at_a_time=1)
+    grid.patience_s, grid.look_s = 60.0, 0.01
+    messages = [Message(a_record(), dst_node_id=node, message_type="train") for node in (9, 1)]
+    assert list(replies(grid, messages, timeout=0.2)) == []
+    assert flower.pushed == [[9], [9]]

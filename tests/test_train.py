@@ -166,9 +166,9 @@ def test_variation_touches_neither_sampling_nor_noise(monkeypatch: pytest.Monkey
     purposes: list[str] = []
 
     class Watched(NoiseStream):
-        def __init__(self, secret: bytes, purpose: str) -> None:
+        def __init__(self, secret: bytes, purpose: str, *, threads: int = 1) -> None:
             purposes.append(purpose)
-            super().__init__(secret, purpose)
+            super().__init__(secret, purpose, threads=threads)
 
     monkeypatch.setattr(train, "NoiseStream", Watched)
     found = []

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +43,7 @@ from fedfuse.config import RunConfig
 from fedfuse.errors import RunFolderError
 from fedfuse.privacy.spec import Event
 
-__all__ = ["Arrays", "Checkpoint", "RunFolder"]
+__all__ = ["Arrays", "Checkpoint", "RunFolder", "fresh_folder"]
 
 Arrays = Mapping[str, NDArray[np.generic]]
 _CONFIG, _SUMMARY = "config.toml", "summary.json"
@@ -62,6 +64,17 @@ class Checkpoint:
     """The strategy's own arrays."""
     extra: Mapping[str, Any]
     """Plain values that the run wants back."""
+
+
+def fresh_folder(name: str, runs: Path) -> Path:
+    """A folder in `runs` that does not exist yet, named after the run and the time."""
+    stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    first = runs / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, count = first, 1
+    while path.exists():
+        count += 1
+        path = first.with_name(f"{first.name}-{count}")
+    return path
 
 
 class RunFolder:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedfuse.batch import Batch
+from fedfuse.privacy.dpsgd import clip_factors
 from fedfuse.privacy.lengths import lengths
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, shuffled_batches
@@ -316,8 +317,6 @@ def _factors(
 
     grads  by parameter (K, b, n); mask (K, b); bounds (P,)
     """
-    from fedfuse.privacy.dpsgd import clip_factors
-
     norms = torch.stack([lengths(x) for x in grads])
     by_part = torch.stack([torch.linalg.vector_norm(norms[part], dim=0) for part in parts])
     factors = clip_factors(by_part, bounds[:, None, None])

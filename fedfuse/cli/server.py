@@ -17,7 +17,7 @@ import click
 import typer
 
 from fedfuse.cli.scenario import Flags, configuration
-from fedfuse.cli.simulate import draw, fresh_folder
+from fedfuse.cli.simulate import draw
 from fedfuse.cli.summary import say
 from fedfuse.errors import FederationError, RunFolderError, UsageError
 
@@ -196,6 +196,7 @@ def run(
     Exit codes are those of `fedfuse simulate`.
     """
     from fedfuse.federation.deploy import launch
+    from fedfuse.runfolder import fresh_folder
 
     link = _link(folder)
     runs = link.server.runs

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,6 +111,8 @@ def simulate(
     if resume is not None:
         config, run = _resumed(resume, flags, out), resume
     else:
+        from fedfuse.runfolder import fresh_folder
+
         config = configuration(flags)
         run = out or fresh_folder(config.name, Path("runs"))
     _run(
@@ -178,17 +178,6 @@ def _resumed(run: Path, flags: Flags, out: Path | None) -> RunConfig:
     from fedfuse.runfolder import RunFolder
 
     return RunFolder.open(run).config()
-
-
-def fresh_folder(name: str, runs: Path) -> Path:
-    """A folder in `runs` that does not exist yet, named after the run and the time."""
-    stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    first = runs / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, count = first, 1
-    while path.exists():
-        count += 1
-        path = first.with_name(f"{first.name}-{count}")
-    return path
 
 
 def _with_data(config: RunConfig, demo_dir: Path | None) -> RunConfig:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from fedfuse.batch import Schema
 from fedfuse.config import RunConfig
 from fedfuse.models.made import made_batch
+from fedfuse.privacy.safety import Finding, check, refuse
 from fedfuse.privacy.spec import Mechanism, Unit
 from fedfuse.train import Trainer
-
-if TYPE_CHECKING:
-    from fedfuse.privacy.safety import Finding
 
 __all__ = ["check_trainer"]
 
@@ -31,8 +28,6 @@ def check_trainer(
     """
     if mechanism is None or mechanism.unit is Unit.NODE or trainer in _checked:
         return ()
-    from fedfuse.privacy.safety import check, refuse  # it brings Opacus, which takes a second
-
     made = made_batch(schema, _ROWS, vocabulary=config.data.vocabulary, model=trainer.model).to(
         trainer.device
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -27,6 +26,7 @@ from fedfuse.federation.observer import RoundRecord, RunInfo
 from fedfuse.federation.session import Session
 from fedfuse.federation.simulate import simulate
 from fedfuse.federation.tickets import OUT_VARIABLE
+from fedfuse.runfolder import fresh_folder
 
 __all__ = ["conduct_virtual", "is_virtual", "virtual_node"]
 
@@ -46,7 +46,7 @@ def conduct_virtual(grid: Grid, config: RunConfig, flower_run: int) -> None:
     """
     count = len(list(grid.get_node_ids()))
     settings = {"federation.engine": "ray"} | ({} if config.data.nodes else {"data.nodes": count})
-    folder = os.environ.get(OUT_VARIABLE) or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(os.environ.get(OUT_VARIABLE) or fresh_folder(config.name, Path("runs"))).absolute()
 
     def conduct(session: Session, store: Path) -> None:
         if len(session.nodes) != count:
@@ -58,7 +58,6 @@ def conduct_virtual(grid: Grid, config: RunConfig, flower_run: int) -> None:
         with _told(flower_run, store, session.announced):
             session.conduct(grid)
 
-    out = Path(folder).absolute()
     simulate(config.with_values(settings), out, observer=_Teller(out), conduct=conduct)
 
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,17 @@ class Federation:
             folder=self.folder,
             log=node.with_suffix(".log"),
         )
+
+    @contextmanager
+    def served(self) -> Iterator[str]:
+        """The server is started and knows all nodes meanwhile; what its start said."""
+        try:
+            told = fedfuse("server", "start", self.srv, "--detach").stderr
+            for node in self.nodes:
+                fedfuse("server", "register", self.srv, node / "supernode.pub")
+            yield told
+        finally:
+            self.link.stop()
 
     def knock(self, folder: Path, trust: Sequence[object], port: int | None = None) -> Process:
         """A SuperNode that is nobody's, started in `folder` with these words about trust."""

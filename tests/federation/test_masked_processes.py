@@ -23,7 +23,7 @@ from fedfuse.federation.simulate import simulate
 from fedfuse.federation.vault import LOG, STATUS
 from fedfuse.privacy.ledger import Ledger
 from fedfuse.runfolder import RunFolder
-from tests.federation.deployment import SCENARIO, Federation, fedfuse
+from tests.federation.deployment import SCENARIO, Federation
 
 pytestmark = pytest.mark.slow
 MASKED = SCENARIO | {
@@ -45,13 +45,8 @@ def federation(tmp_path: Path, rounds: int) -> Iterator[Federation]:
         text = text.replace('peers = ""', 'peers = "peers.toml"')
         text = text.replace('secure_aggregation = "allowed"', 'secure_aggregation = "required"')
         (node / "node.toml").write_text(text)
-    try:
-        fedfuse("server", "start", made.srv, "--detach")
-        for node in made.nodes:
-            fedfuse("server", "register", made.srv, node / "supernode.pub")
+    with made.served():
         yield made
-    finally:
-        made.link.stop()
 
 
 def start_vault(federation: Federation, node: Path) -> Process:

@@ -19,7 +19,7 @@ from fedfuse.privacy import accounting
 from fedfuse.privacy.ledger import Account, Ledger, verify
 from fedfuse.privacy.verification import read_heads
 from fedfuse.runfolder import RunFolder
-from tests.federation.deployment import Federation, fedfuse, processes, wait_for_nodes, words_of
+from tests.federation.deployment import Federation, processes, wait_for_nodes, words_of
 
 pytestmark = pytest.mark.slow
 RUN = {
@@ -59,13 +59,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     if not os.environ.get("FEDFUSE_ALL"):
         pytest.skip("takes a minute for each; FEDFUSE_ALL=1 runs it")
     made = Federation(tmp_path_factory.mktemp("federation"))
-    try:
-        fedfuse("server", "start", made.srv, "--detach")
-        for node in made.nodes:
-            fedfuse("server", "register", made.srv, node / "supernode.pub")
+    with made.served():
         yield made
-    finally:
-        made.link.stop()
 
 
 def asked(before: list[Account], now: list[Account]) -> bool:

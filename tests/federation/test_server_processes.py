@@ -57,13 +57,9 @@ SBIN = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """Its server is started and knows three nodes, which are not started."""
     made = Federation(tmp_path_factory.mktemp("federation"))
-    try:
-        assert made.public in fedfuse("server", "start", made.srv, "--detach").stderr
-        for node in made.nodes:
-            fedfuse("server", "register", made.srv, node / "supernode.pub")
+    with made.served() as told:
+        assert made.public in told
         yield made
-    finally:
-        made.link.stop()
 
 
 def test_a_run_needs_its_nodes_and_a_node_its_own_key(federation: Federation) -> None:

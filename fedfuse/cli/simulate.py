@@ -142,7 +142,9 @@ def _run(
     try:
         federate = _loaded(config)
         with progress(quiet=quiet) as view:
-            summary = federate(ready, run, observer=view, resume=resume, ledgers=ledgers)
+            summary = federate(
+                ready, run, observer=view, resume=resume, ledgers=ledgers, meanwhile=_load_drawing
+            )
     except KeyboardInterrupt:
         _say_what_is_saved(config, run)
         raise typer.Exit(130) from None
@@ -198,6 +200,12 @@ def _with_data(config: RunConfig, demo_dir: Path | None) -> RunConfig:
 
         manifest = make(config.data.demo, demo_dir, seed=config.seed)
     return config.with_values({"data.manifest": str(manifest.absolute())})
+
+
+def _load_drawing() -> None:
+    from fedfuse.reports.curves import load
+
+    load()
 
 
 def draw(run: Path) -> None:

@@ -21,6 +21,7 @@ from flwr.app import Context, RecordDict, UserConfig
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import Prepared, open_split, prepare
 from fedfuse.errors import PrivacyError
+from fedfuse.federation.ahead import Ahead
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.ledgers import check_ledgers, open_ledgers
@@ -52,6 +53,7 @@ def simulate(
     ledgers: Path | None = None,
     verbose: bool = False,
     conduct: Callable[[Session, Path], None] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs `config` with simulated nodes into the folder `out`; the summary, as written there.
 
@@ -65,6 +67,7 @@ def simulate(
     same. `resume` goes on from there, with the budget as it stands. `ledgers`: a folder with a
     ledger for each node, made if it is not there; what other runs spent on the same records then
     counts. `conduct` runs the rounds, with the data in a store, in the place of the engine.
+    `meanwhile` is called by a thread while the first round runs: what the caller needs afterwards.
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
     """
@@ -127,7 +130,7 @@ def simulate(
                     notes=notes,
                 )
             )
-            status, problem = "finished", ""
+            status, problem, ahead = "finished", "", Ahead(session, meanwhile)
             try:
                 if conduct is not None:
                     conduct(session, store)
@@ -142,6 +145,8 @@ def simulate(
             finally:
                 session.abandon()
                 session.release()
+                if status == "finished":
+                    ahead.wait()
                 summary = summarise(
                     session,
                     status=status,

@@ -24,7 +24,7 @@ from typing import Any
 
 from fedfuse.errors import FederationError
 
-__all__ = ["context", "copy_of_this", "warm_up"]
+__all__ = ["context", "copy_of_this", "one_thread", "warm_up"]
 
 _SOCKET = len("/listener-12345678")
 _LONGEST = 107
@@ -49,10 +49,15 @@ def warm_up() -> None:
     forkserver.ensure_running()
 
 
+def one_thread() -> bool:
+    """Whether this process has one thread, so that a copy of it inherits no lock that is held."""
+    return len(list(Path("/proc/self/task").glob("*"))) == 1
+
+
 def copy_of_this() -> bool:
     """Makes the process that workers are forked from a copy of this one, which has loaded all that
     they need; whether that was possible. Does nothing where there is such a process."""
-    if len(list(Path("/proc/self/task").glob("*"))) != 1:
+    if not one_thread():
         return False
     _check_temporary()
     multiprocessing.get_context("forkserver").set_forkserver_preload([])

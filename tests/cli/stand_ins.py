@@ -38,6 +38,7 @@ class Fake:
         observer: Any,
         resume: bool = False,
         ledgers: Path | None = None,
+        load: Callable[[], object] | None,
         meanwhile: Callable[[], None],
     ) -> dict[str, Any]:
         meanwhile()

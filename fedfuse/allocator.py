@@ -14,7 +14,7 @@ from functools import lru_cache
 __all__ = ["keep_freed_memory"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGEST, _KEPT = 32 << 20, 128 << 20
+_LARGEST, _KEPT = 32 << 20, 512 << 20
 """Bytes: of the largest block that comes from the heap, and of what a heap keeps at its end."""
 
 

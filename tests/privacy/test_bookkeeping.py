@@ -128,18 +128,29 @@ def oracle(
     return total
 
 
-def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], rel: float = 1e-5) -> None:
+def assert_same(
+    found: Sequence[Tensor], expected: Sequence[Tensor], rel: float = 1e-5, least: float = 1e-6
+) -> None:
+    """`least`: where terms cancel, a sum is right to so much of them, not of what is left."""
     scale = math.sqrt(sum(float(e.double().square().sum()) for e in expected))
     for f, e in zip(found, expected, strict=True):
-        assert float((f - e).double().norm()) <= rel * max(scale, 1e-6)
+        assert float((f - e).double().norm()) <= rel * max(scale, least)
 
 
 def assert_exact(
     model: nn.Module, x: Tensor, way: str, owners: Sequence[int] | None = None
 ) -> None:
     batch = batch_of(x)
+    # Of small layers, where terms can cancel, a Gram norm in float32 is raised by what rounding may
+    # take from it; their gradients are instantiated but for the sake of a test.
+    rel = 1e-3 if way == "gram" and x.dtype is torch.float32 else 1e-5
     for C in (0.05, 1e4):
-        assert_same(step(model, batch, C, owners=owners, way=way), oracle(model, batch, C, owners))
+        found = step(model, batch, C, owners=owners, way=way)
+        expected = oracle(model, batch, C, owners)
+        assert_same(found, expected, rel if C < 1 else 1e-5, min(C, 1.0))
+        length = math.sqrt(sum(float(f.double().square().sum()) for f in found))
+        units = len(batch) if owners is None else len(set(owners))
+        assert length <= C * max(1, units) * (1 + 1e-7)
 
 
 def owners_of(data: st.DataObject, rows: int) -> list[int] | None:

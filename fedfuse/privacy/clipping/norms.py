@@ -38,6 +38,11 @@ class RmsNormLayer(_NormLayer):
 class GroupNormLayer(_NormLayer):
     """``nn.GroupNorm``."""
 
+    def run(self, x: Tensor) -> Any:
+        if _channels_last(x) and x.shape[1] < _WIDE * self.module.num_groups:
+            return _NarrowGroupNorm.apply(_full(x), self.now.anchor, self)  # type: ignore[no-untyped-call]
+        return super().run(x)
+
 
 def _full(x: Tensor) -> Tensor:
     """Under autocast, norms are computed in float32."""
@@ -156,6 +161,67 @@ class _GroupNorm(torch.autograd.Function):
         )
         ctx.layer.keep(weight.view(rows, channels), bias.view(rows, channels))
         return (None if back is None else back.view_as(x)), None, None
+
+
+_WIDE = 8
+"""Channels of a group from which on torch's kernel for channels last is the faster one."""
+
+
+class _NarrowGroupNorm(torch.autograd.Function):
+    """Pictures with their channels last and few channels in a group, where torch's kernel is slow:
+    by sums over places, (B, L, C) -> (B, C), and of them by group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: GroupNormLayer) -> Tensor:
+        m: Any = layer.module
+        places = _places(x)
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.numbers = places.shape[1] * (places.shape[2] // m.num_groups)
+        mean = _by_group(places.sum(1), m.num_groups).div_(ctx.numbers)
+        centred = places - _to_channels(mean, places)
+        spread = _by_group(centred.square().sum(1), m.num_groups).div_(ctx.numbers)
+        rstd = _to_channels(spread.add_(m.eps).rsqrt_(), places)
+        ctx.save_for_backward(centred, rstd)
+        return _pictures(torch.addcmul(m.bias, centred, rstd * m.weight), x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        centred, rstd = ctx.saved_tensors
+        m: Any = ctx.layer.module
+        g = _places(g.contiguous(memory_format=torch.channels_last))
+        bias, weight = g.sum(1), (g * centred).sum(1).mul_(rstd.squeeze(1))
+        ctx.layer.keep(weight, bias)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        shift, slope = (
+            _to_channels(_by_group(sums * m.weight, m.num_groups) / -ctx.numbers, g) * rstd
+            for sums in (bias, weight)
+        )
+        back = torch.addcmul(shift, centred, slope * rstd).addcmul_(g, rstd * m.weight)
+        return _pictures(back, ctx.shape), None, None
+
+
+def _places(x: Tensor) -> Tensor:
+    """(B, C, H, W), channels last -> (B, H W, C), the same memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _pictures(places: Tensor, shape: torch.Size) -> Tensor:
+    """(B, H W, C) -> (B, C, H, W), channels last, the same memory."""
+    return places.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+
+
+def _by_group(sums: Tensor, groups: int) -> Tensor:
+    """(B, C) -> (B, G), summed up."""
+    total: Tensor = sums.unflatten(1, (groups, -1)).sum(2)
+    return total
+
+
+def _to_channels(values: Tensor, like: Tensor) -> Tensor:
+    """(B, G) -> (B, 1, C) for `like` (B, L, C): each channel has its group's."""
+    channels = like.shape[2] // values.shape[1]
+    wide: Tensor = values.unsqueeze(2).expand(-1, -1, channels).reshape(len(values), 1, -1)
+    return wide
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -72,6 +72,7 @@ def inspect(path: Path, *, online: bool = True) -> Iterator[Look]:
         "budget": lambda: _budget(path, settings),
         "masks": lambda: _masks(settings),
         "vault": lambda: _vault(settings),
+        "requests": lambda: _requests(settings),
         "device": lambda: _device(settings),
         "disk": lambda: _disk(path),
         "clock": lambda: _clock(settings),
@@ -217,6 +218,20 @@ def _vault(settings: NodeFile) -> _Found:
             "user of its own (vault.clients, docs/deploy/)",
         )
     return OK, f"{state}; open to user {', '.join(map(str, sorted(users)))}", ""
+
+
+def _requests(settings: NodeFile) -> _Found:
+    allowed, fitting = settings.policy.max_parameters, settings.fitting_parameters
+    found = f"models of up to {min(allowed, fitting):,} parameters"
+    if fitting < allowed:
+        return (
+            NOTE,
+            f"{found}: larger ones do not fit into vault.max_megabytes = "
+            f"{settings.vault.max_megabytes}, though policy.max_parameters = {allowed:,}",
+            "set vault.max_megabytes = 0, which takes what the policy allows, or lower "
+            "policy.max_parameters",
+        )
+    return OK, found, ""
 
 
 def _device(settings: NodeFile) -> _Found:

@@ -25,6 +25,8 @@ from fedfuse.privacy.spec import Unit
 __all__ = ["NodeFile"]
 
 ANY = "any"
+_HEADINGS = 16 << 20
+"""Bytes of a request besides its weights (float32): each array has a heading of 128."""
 _KEY = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -81,8 +83,9 @@ class _Vault:
     """Where the vault is reached. It makes the folder, or wants it to be its own alone."""
     clients: tuple[str, ...] = ()
     """The users, by name or number, who may ask it. Empty: only the one that runs it."""
-    max_megabytes: int = 256
-    """The largest request; eight may be in memory at once."""
+    max_megabytes: int = 0
+    """The largest request; eight may be in memory at once. 0: what a model of
+    policy.max_parameters takes."""
     offline: bool = True
     """Model weights come from this machine's disk alone: no hub is asked for any."""
 
@@ -178,6 +181,17 @@ class NodeFile:
         """The users who may ask the vault, by number. Raises ConfigError on an unknown one."""
         return frozenset(map(_user, self.vault.clients)) or frozenset({os.geteuid()})
 
+    @property
+    def most_bytes(self) -> int:
+        """Of the arrays in a request that the vault takes."""
+        own = self.vault.max_megabytes << 20
+        return own or 4 * self.policy.max_parameters + _HEADINGS
+
+    @property
+    def fitting_parameters(self) -> int:
+        """How many parameters a model can have that comes through the vault's door."""
+        return max(0, self.most_bytes - _HEADINGS) // 4
+
     def _faults(self) -> Iterator[tuple[str, str]]:
         """(what, hint) of each setting that is missing or out of range."""
         policy = self.policy
@@ -231,8 +245,11 @@ class NodeFile:
             yield "masks.peers is given, but masks.key is missing", "see node.example.toml"
         if masks.colluders < 0:
             yield f"masks.colluders = {masks.colluders}, but it must be 0 or more", ""
-        if not 0 < self.vault.max_megabytes <= 1 << 20:
-            yield f"vault.max_megabytes = {self.vault.max_megabytes}, but it must be from 1 on", ""
+        if not 0 <= self.vault.max_megabytes <= 1 << 20:
+            yield (
+                f"vault.max_megabytes = {self.vault.max_megabytes}, but it must be 0 or more",
+                "0 is what a model of policy.max_parameters takes",
+            )
         if not self.vault.socket:
             yield "vault.socket is missing", "say where the vault's socket is to lie"
         for name, value in (

@@ -196,7 +196,7 @@ def serve(path: Path, tell: Callable[[Answered], None], ready: Callable[[Vault],
     door = Door(
         socket,
         clients=vault.settings.clients(),
-        most_bytes=vault.settings.vault.max_megabytes << 20,
+        most_bytes=vault.settings.most_bytes,
     )
     try:
         with _logging_to(socket.with_name(LOG)), _alone(vault.settings.vault.offline):

@@ -185,7 +185,7 @@ def start(
 ) -> None:
     """Run the node, and show a line for each message: what was asked, answered and spent.
 
-    Ctrl-C ends it in order. Nothing is started again by itself.
+    Ctrl-C ends it in order. A SuperNode that ends is started again, a vault is not.
     """
     from fedfuse.federation.newnode import node_file
 

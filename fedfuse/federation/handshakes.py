@@ -2,11 +2,12 @@
 
 Nobody else does: a client that does not trust the certificate, or speaks without TLS, leaves no
 line in the log of Flower, uvicorn or uvloop, whatever the level. `ssl` has a place where it is
-seen, `SSLContext.sslobject_class`; the connections stay as they are. Standard library only, run by
-its path, before anything else is loaded:
+seen, `SSLContext.sslobject_class`; the connections stay as they are. Run as
 
-    python -P handshakes.py PROGRAM WORDS...
+    python -P -m fedfuse.federation.handshakes PROGRAM WORDS...
 """
+
+from __future__ import annotations
 
 import gc
 import runpy

@@ -45,7 +45,6 @@ from fedfuse.privacy import disk
 __all__ = ["SuperLink"]
 
 _CONNECTION = "here"
-_HANDSHAKES = Path(__file__).with_name("handshakes.py")
 _PIDS = "state/superlink.json"
 _START_S, _STOP_S, _CALL_S = 120.0, 20.0, 120.0
 _LOOK_S = 0.5
@@ -76,7 +75,8 @@ class SuperLink:
         server.log.touch(mode=0o600)
         tls = server.settings.tls
         words: list[str | Path] = [
-            *(sys.executable, "-P", _HANDSHAKES, program("flower-superlink")),
+            *(sys.executable, "-P", "-m", "fedfuse.federation.handshakes"),
+            program("flower-superlink"),
             *("--host", link.bind, "--port", str(link.port), "--database", server.database),
             *("--ssl-certfile", server.path(tls.certificate)),
             *("--ssl-keyfile", server.path(tls.key)),

@@ -44,7 +44,7 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pat
                 days=days, authority_key=tmp_path / "ca.key", authority=tmp_path / "ca.pem",
             )  # fmt: skip
             ports.append(port := free_port())
-            words = [sys.executable, "-P", handshakes.__file__, tmp_path / "server.py",
+            words = [sys.executable, "-P", "-m", handshakes.__name__, tmp_path / "server.py",
                      request.param, str(port), f"{name}.key", f"{name}.pem"]  # fmt: skip
             running.append(Process(words, environment=os.environ, folder=tmp_path,
                                    log=tmp_path / "log"))  # fmt: skip

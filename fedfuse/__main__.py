@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fedfuse.cli import main
+from fedfuse.cli import run
 
-raise SystemExit(main())
+run()

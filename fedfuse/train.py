@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedfuse.allocator import keep_freed_memory
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.models.missing import drop_modalities
@@ -30,6 +31,7 @@ from fedfuse.privacy.dpsgd import (
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled_batches
 from fedfuse.privacy.spec import REST, Mechanism, Unit, clip_shares
+from fedfuse.uncompiled import SGD, AdamW
 
 __all__ = ["Job", "Ran", "Records", "Trainer", "Weights", "optimizer_of", "pick_device"]
 
@@ -121,6 +123,7 @@ class Trainer:
         self.loss = loss
         self.device = device
         self._ready: dict[str, RecordGradients] = {}
+        keep_freed_memory()
         # By name in the model itself, so that the hooks' wrapper doesn't show on the wire.
         frozen = {n for n, p in self.model.named_parameters() if not p.requires_grad}
         self._state = {
@@ -354,14 +357,14 @@ def optimizer_of(parameters: Sequence[nn.Parameter], job: Job) -> torch.optim.Op
     """The optimizer of a round, without any state of the one before."""
     if job.optimizer == "adam":
         betas = (job.momentum, 0.999)
-        return torch.optim.AdamW(
+        return AdamW(
             parameters,
             lr=job.learning_rate,
             betas=betas,
             weight_decay=job.weight_decay,
             fused=True,
         )
-    return torch.optim.SGD(
+    return SGD(
         parameters,
         lr=job.learning_rate,
         momentum=job.momentum,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
@@ -140,9 +139,18 @@ def _run(
 
     ready = _with_data(config, demo_dir)
     try:
-        federate = _loaded(config)
+        from fedfuse.federation.simulate import simulate as federate
+
         with progress(quiet=quiet) as view:
-            summary = federate(ready, run, observer=view, resume=resume, ledgers=ledgers)
+            summary = federate(
+                ready,
+                run,
+                observer=view,
+                resume=resume,
+                ledgers=ledgers,
+                load=_load_workers if ready.federation.engine == "loopback" else None,
+                meanwhile=_load_drawing,
+            )
     except KeyboardInterrupt:
         _say_what_is_saved(config, run)
         raise typer.Exit(130) from None
@@ -154,17 +162,12 @@ def _run(
         raise typer.Exit(130)
 
 
-def _loaded(config: RunConfig) -> Callable[..., dict[str, Any]]:
-    """`simulate`, with all that it needs; and where workers are needed, what they are forked from,
-    while this process has one thread."""
-    from fedfuse.federation.simulate import simulate as federate
+def _load_workers() -> None:
+    """What workers need, and what they are forked from, while this process has one thread."""
+    import fedfuse.federation.preload  # noqa: F401
+    from fedfuse.federation.warm import copy_of_this
 
-    if config.federation.engine == "loopback":
-        import fedfuse.federation.preload  # noqa: F401
-        from fedfuse.federation.warm import copy_of_this
-
-        copy_of_this()
-    return federate
+    copy_of_this()
 
 
 def _resumed(run: Path, flags: Flags, out: Path | None) -> RunConfig:
@@ -198,6 +201,12 @@ def _with_data(config: RunConfig, demo_dir: Path | None) -> RunConfig:
 
         manifest = make(config.data.demo, demo_dir, seed=config.seed)
     return config.with_values({"data.manifest": str(manifest.absolute())})
+
+
+def _load_drawing() -> None:
+    from fedfuse.reports.curves import load
+
+    load()
 
 
 def draw(run: Path) -> None:

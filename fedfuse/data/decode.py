@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from fedfuse.errors import DataError
 __all__ = ["Decoded", "decode", "decode_column"]
 
 _Key = tuple[str, ...]
+
+_FEW = 4
+_LONG_S = 1e-3
+"""From so many seconds a file on, threads are worth it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,10 +146,10 @@ def decode_column(
     index = np.full(len(layout.manifest.rows), -1, dtype=np.int64)
     arrays: list[NDArray[np.generic]] = []
     read = _reader(layout.root, source, spec)
-    with quiet(), ThreadPoolExecutor(max_workers=2) as pool:  # most decoders release the GIL
+    with quiet(), ThreadPoolExecutor(max_workers=2) as pool:
         for start in range(0, len(keys), spec.at_once):
             chunk = keys[start : start + spec.at_once]
-            results = list(pool.map(read, chunk))
+            results = _read_all(read, chunk, pool)
             kept = [result for result in results if not isinstance(result, DataError)]
             place = sum(len(array) for array in arrays)
             for key, result in zip(chunk, results, strict=True):
@@ -158,6 +163,18 @@ def decode_column(
                     _report(layout, source, users[key], warning, problems, None)
             arrays.append(spec.stack([result.value for result in kept]))
     return np.concatenate([spec.stack([]), *arrays]), index
+
+
+def _read_all(
+    read: Callable[[_Key], Read | DataError], keys: list[_Key], pool: ThreadPoolExecutor
+) -> list[Read | DataError]:
+    """What each of `keys` holds. Large files by several threads, as most decoders release the GIL;
+    with small ones threads only wait for each other."""
+    began = time.perf_counter()
+    results = [read(key) for key in keys[:_FEW]]
+    if time.perf_counter() - began > _FEW * _LONG_S:
+        return results + list(pool.map(read, keys[_FEW:]))
+    return results + [read(key) for key in keys[_FEW:]]
 
 
 def _reader(root: Path, source: Source, spec: Decoder) -> Callable[[_Key], Read | DataError]:

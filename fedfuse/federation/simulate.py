@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -15,12 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 from flwr.app import Context, RecordDict, UserConfig
 
 from fedfuse.config import RunConfig
-from fedfuse.data.prepare import Prepared, open_split, prepare
-from fedfuse.errors import PrivacyError
+from fedfuse.data.prepare import open_split
+from fedfuse.federation.ahead import Ahead
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.flower import RUN_ID, SERVER_ID, quiet
 from fedfuse.federation.ledgers import check_ledgers, open_ledgers
@@ -32,8 +30,9 @@ from fedfuse.federation.rounds import job_of
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import masked_assumptions, settle
+from fedfuse.federation.store import Stored, store, store_apart
 from fedfuse.federation.summary import summarise
-from fedfuse.federation.warm import warm_up
+from fedfuse.federation.warm import one_thread, warm_up
 from fedfuse.privacy.advice import NOISE_LIMIT
 from fedfuse.privacy.planner import Terms
 from fedfuse.privacy.spec import Event, Unit
@@ -52,6 +51,8 @@ def simulate(
     ledgers: Path | None = None,
     verbose: bool = False,
     conduct: Callable[[Session, Path], None] | None = None,
+    load: Callable[[], object] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs `config` with simulated nodes into the folder `out`; the summary, as written there.
 
@@ -65,6 +66,8 @@ def simulate(
     same. `resume` goes on from there, with the budget as it stands. `ledgers`: a folder with a
     ledger for each node, made if it is not there; what other runs spent on the same records then
     counts. `conduct` runs the rounds, with the data in a store, in the place of the engine.
+    `load` is called while the data is decoded by a copy of this process, if it has one thread.
+    `meanwhile` is called by a thread while the first round runs: what the caller needs afterwards.
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
     """
@@ -73,29 +76,21 @@ def simulate(
     if ledgers is not None:
         check_ledgers(ledgers, config)
     loopback = config.federation.engine == "loopback"
-    if loopback:
-        warm_up()
     _sweep()
     with _terminable(), tempfile.TemporaryDirectory(prefix=f"fedfuse-{os.getpid()}-") as temporary:
-        prepared = _prepare(config, Path(temporary), fingerprints=ledgers is not None)
-        _refuse_repeats(config, prepared)
-        sizes = [len(shard.rows) for shard in prepared.shards]
+        stored = _stored(config, Path(temporary), load, fingerprints=ledgers is not None)
+        names = stored.names
         settled = settle(
             config,
-            mean_records=sum(sizes) / len(sizes),
-            mean_subjects=_subjects(prepared, config) / len(sizes),
+            mean_records=sum(stored.sizes) / len(names),
+            mean_subjects=stored.subjects / len(names),
         )
         roster = None
         assumptions = settled.assumptions
-        store = Path(temporary) / "store"
-        prepared.write(store)
-        names = tuple(shard.name for shard in prepared.shards)
         if config.federation.secure_aggregation:
             roster = Roster.drawn(names)
             assumptions += masked_assumptions(config, len(names))
-        schema, fingerprint, notes = prepared.schema, prepared.fingerprint, prepared.notes
-        reading, has_valid = prepared.reading, prepared.valid is not None
-        del prepared  # from here on it is memory-mapped
+        notes = stored.notes
         books = open_ledgers(ledgers, names) if ledgers is not None else ()
         folder = RunFolder.create(out, config, resume=resume)
         with quiet(folder.log, verbose=verbose or conduct is not None):
@@ -104,10 +99,10 @@ def simulate(
                 config=settled.config,
                 mechanism=settled.mechanism,
                 folder=folder,
-                schema=schema,
-                test=open_split(store, "test"),
-                valid=open_split(store, "valid") if has_valid else None,
-                reading=reading,
+                schema=stored.schema,
+                test=open_split(stored.folder, "test"),
+                valid=open_split(stored.folder, "valid") if stored.has_valid else None,
+                reading=stored.reading,
                 observer=observer,
                 nodes=names,
                 last=config.train.rounds,
@@ -117,7 +112,7 @@ def simulate(
             if resume:
                 notes += session.resume()
             notes += session.remarks + _hopeless(session)
-            session.featured(open_split(store, "train"))  # once here, not in each worker
+            session.featured(open_split(stored.folder, "train"))  # once here, not in each worker
             observer.prepared(
                 session.info(
                     engine=config.federation.engine,
@@ -127,12 +122,12 @@ def simulate(
                     notes=notes,
                 )
             )
-            status, problem = "finished", ""
+            status, problem, ahead = "finished", "", Ahead(session, meanwhile)
             try:
                 if conduct is not None:
-                    conduct(session, store)
+                    conduct(session, stored.folder)
                 else:
-                    _run(session, store, books, roster, verbose=verbose)
+                    _run(session, stored.folder, books, roster, verbose=verbose)
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt)
                 if not interrupted or session.done < session.last:
@@ -142,16 +137,28 @@ def simulate(
             finally:
                 session.abandon()
                 session.release()
+                if status == "finished":
+                    ahead.wait()
                 summary = summarise(
                     session,
                     status=status,
                     problem=problem,
                     assumptions=assumptions,
                     notes=notes,
-                    fingerprint=fingerprint,
+                    fingerprint=stored.fingerprint,
                 )
                 folder.write_summary(summary)
         return summary
+
+
+def _stored(
+    config: RunConfig, temporary: Path, load: Callable[[], object] | None, *, fingerprints: bool
+) -> Stored:
+    if load is not None and one_thread():
+        return store_apart(config, temporary, load, fingerprints=fingerprints)
+    if config.federation.engine == "loopback":
+        warm_up()
+    return store(config, temporary, fingerprints=fingerprints)
 
 
 def _run(
@@ -203,49 +210,6 @@ def _together(session: Session) -> int:
     asked = session.config.federation.together
     job = job_of(session.config, session.mechanism, 1)
     return asked or together(job, session.parameters, len(session.nodes))
-
-
-def _prepare(config: RunConfig, temporary: Path, *, fingerprints: bool) -> Prepared:
-    """The data that `config` names; without a manifest, a demo data set."""
-    data = config.data
-    if not data.manifest:
-        from fedfuse.data.scenes import make
-
-        manifest = make(data.demo, temporary / "demo", seed=config.seed)
-        data = dataclasses.replace(data, manifest=str(manifest))
-    return prepare(data, seed=config.seed, fingerprints=fingerprints)
-
-
-def _refuse_repeats(config: RunConfig, prepared: Prepared) -> None:
-    privacy = config.privacy
-    if privacy.unit == Unit.RECORD and prepared.repeated_subjects and not privacy.records_are_units:
-        raise PrivacyError(
-            f"{prepared.repeated_subjects} subjects have several records, so a promise for one "
-            "record does not cover one person",
-            where="data.manifest",
-            hint="take --unit subject, or set privacy.records_are_units = true to protect a record",
-        )
-
-
-def _subjects(prepared: Prepared, config: RunConfig) -> int:
-    """How many subjects the nodes have, all together; 0 where the unit is another.
-
-    Raises PrivacyError where one has records at two nodes: its epsilons would compose.
-    """
-    if config.privacy.unit != Unit.SUBJECT:
-        return 0
-    numbers = prepared.train.subject_numbers()
-    total = sum(len(np.unique(numbers[shard.rows])) for shard in prepared.shards)
-    used = np.concatenate([numbers[shard.rows] for shard in prepared.shards])
-    shared = total - len(np.unique(used))
-    if shared:
-        raise PrivacyError(
-            f"{shared} subjects have records at several nodes, so a node's promise does not cover "
-            "one person",
-            where="data.partition",
-            hint='take data.partition = "client", with each subject at one client',
-        )
-    return total
 
 
 def _history(session: Session) -> dict[int, tuple[Event, ...]]:

@@ -5,13 +5,14 @@ loaded there, in the same memory. Where it has more (numpy's products, CUDA, som
 could inherit a lock that nobody would ever open, so a new process is begun, which loads everything
 by itself.
 
-Standard library only, so that a new process can be begun before anything else is loaded.
+Standard library and errors only, so that a new process can be begun before anything else is loaded.
 """
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
+import multiprocessing.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,22 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-__all__ = ["context", "copy_of_this", "warm_up"]
+from fedfuse.errors import FederationError
 
+__all__ = ["context", "copy_of_this", "one_thread", "warm_up"]
+
+_SOCKET = len("/listener-12345678")
+_LONGEST = 107
+"""Bytes of a Unix socket's name."""
 _PRELOAD = ["fedfuse.federation.preload"]
 
 
 def context() -> ForkServerContext:
-    """Makes processes that are forked from one that has loaded everything once."""
+    """Makes processes that are forked from one that has loaded everything once.
+
+    Raises FederationError where the temporary folder's name leaves no room for a socket's.
+    """
+    _check_temporary()
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(_PRELOAD)
     return found
@@ -39,11 +49,17 @@ def warm_up() -> None:
     forkserver.ensure_running()
 
 
+def one_thread() -> bool:
+    """Whether this process has one thread, so that a copy of it inherits no lock that is held."""
+    return len(list(Path("/proc/self/task").glob("*"))) == 1
+
+
 def copy_of_this() -> bool:
     """Makes the process that workers are forked from a copy of this one, which has loaded all that
     they need; whether that was possible. Does nothing where there is such a process."""
-    if len(list(Path("/proc/self/task").glob("*"))) != 1:
+    if not one_thread():
         return False
+    _check_temporary()
     multiprocessing.get_context("forkserver").set_forkserver_preload([])
     gc.collect()
     gc.freeze()  # a collection would write to every object, and so copy the memory they share
@@ -51,6 +67,16 @@ def copy_of_this() -> bool:
     with _forking():
         forkserver.ensure_running()
     return True
+
+
+def _check_temporary() -> None:
+    folder = multiprocessing.util.get_temp_dir()
+    if len(os.fsencode(folder)) + _SOCKET > _LONGEST:
+        raise FederationError(
+            "the name of the temporary folder is too long for the sockets of workers",
+            where=str(Path(folder).parent),
+            hint="set TMPDIR to a folder with a shorter name, such as /tmp",
+        )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from fedfuse.models.knowledge import Graph, read_graph
 from fedfuse.models.raw import RawFeatures, raw_width
 from fedfuse.models.shifts import shifts_of
 from fedfuse.models.spec import ModelConfig
+from fedfuse.uncompiled import Undrawn
 
 __all__ = ["FusionModel", "build_model", "count_parameters"]
 
@@ -163,7 +164,7 @@ def build_model(
 @lru_cache(maxsize=64)
 def count_parameters(schema: Schema, config: ModelConfig, *, vocabulary: int = 4096) -> int:
     """How many weights of that model are trained. No memory is taken for them."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = FusionModel(schema, config, vocabulary, _graph(config, None))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

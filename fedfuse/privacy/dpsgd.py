@@ -46,6 +46,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedfuse.allocator import keep_freed_memory
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError, PrivacyError
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
@@ -81,6 +82,7 @@ def prepare(model: nn.Module, clipping: str = "bookkeeping") -> RecordGradients:
     The loss must give one number a record; a private step sums them. Raises ModelError where the
     model is one that this way of clipping is not right for.
     """
+    keep_freed_memory()
     if clipping == "hooks":
         return with_record_gradients(model)
     check_model(model)

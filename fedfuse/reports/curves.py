@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["write_curves"]
+__all__ = ["load", "write_curves"]
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#C4221B", "#6B7280"
 
@@ -67,6 +67,13 @@ class Curves:
     headline: str
     baseline: float | None
     """The headline of the best constant answer."""
+
+
+def load() -> None:
+    """Loads matplotlib, which the first curve would do otherwise."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
 
 
 def write_curves(run: Path) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ class Fake:
         observer: Any,
         resume: bool = False,
         ledgers: Path | None = None,
+        load: Callable[[], object] | None,
+        meanwhile: Callable[[], None],
     ) -> dict[str, Any]:
+        meanwhile()
         self.asked.append((config, out, resume))
         self.ledgers = ledgers
         out.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,35 @@ def test_version_is_one_line(run: Run) -> None:
     assert run("--version") == Result(0, f"fedfuse {__version__}\n", "")
 
 
+ENDS = """
+import atexit, sys, threading, time
+from fedfuse import cli
+
+def late():
+    time.sleep(0.3)
+    print("a thread", flush=True)
+
+def main():
+    print("said")
+    atexit.register(print, "at the end")
+    if sys.argv[1] == "threads":
+        threading.Thread(target=late).start()
+    return 7
+
+cli.main = main
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("alone", ["said", "at the end"]), ("threads", ["said", "a thread", "at the end"])],
+)
+def test_the_process_ends_when_all_is_said_and_written(word: str, said: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS, word], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split("\n")[:-1], done.stderr) == (7, said, "")
+
+
 @pytest.mark.parametrize("flag", ["--version", "--help"])
 def test_version_and_help_load_nothing_heavy(flag: str) -> None:
     code = (

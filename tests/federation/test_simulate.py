@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -73,6 +74,7 @@ def test_a_run_writes_all_that_its_summary_says(
     running = tmp_path / "tmp" / f"fedfuse-{os.getpid()}-x"
     for folder in (left, running):
         folder.mkdir(parents=True)
+    multiprocessing.util.get_temp_dir()  # a socket's name must be short
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     config = make_config(privacy__noise_seed="")
     summary = simulate(config, tmp_path / "run", observer=watch)

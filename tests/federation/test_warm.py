@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from fedfuse.errors import FederationError
 
 _HEAD = """
 import os, sys, threading, time
@@ -75,3 +78,19 @@ def _state(pid: int) -> str:
 def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
     with run(_THREADED, tmp_path) as process:
         assert process.wait(60) == 0, process.stderr
+
+
+def test_a_temporary_folder_with_too_long_a_name_is_told(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "fedfuse", "simulate", "--out", tmp_path / "run"],
+        env=os.environ | {"TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == FederationError.exit_code
+    assert done.stderr.splitlines()[-2:] == [
+        f"error: {long}: the name of the temporary folder is too long for the sockets of workers",
+        "hint: set TMPDIR to a folder with a shorter name, such as /tmp",
+    ]

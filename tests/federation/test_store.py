@@ -1,0 +1,63 @@
+"""The data is decoded by a copy of the process as it would be by the process itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from fedfuse.data.demo import make_demo
+
+_SAME = """
+import multiprocessing, sys
+from dataclasses import replace
+from pathlib import Path
+from fedfuse.config import RunConfig
+from fedfuse.errors import DataError, FederationError
+from fedfuse.federation.store import store, store_apart
+
+folder, manifest = Path(sys.argv[1]), sys.argv[2]
+config = RunConfig().with_values({"data.manifest": manifest})
+
+def load():
+    loaded.append(len(multiprocessing.active_children()))
+
+loaded = []
+(folder / "here").mkdir(), (folder / "there").mkdir()
+there = store_apart(config, folder / "there", load, fingerprints=True)
+assert loaded == [1]
+assert not multiprocessing.active_children()
+here = store(config, folder / "here", fingerprints=True)
+assert replace(here, folder=there.folder) == there
+files = sorted(p.relative_to(here.folder) for p in here.folder.rglob("*") if p.is_file())
+assert len(files) > 10
+for file in files:
+    assert (here.folder / file).read_bytes() == (there.folder / file).read_bytes(), file
+
+def killed():
+    multiprocessing.active_children()[0].kill()
+
+for problem, manifest, load in (
+    (DataError, manifest + ".no", load),
+    (FederationError, manifest, killed),
+    (ZeroDivisionError, manifest, lambda: 1 / 0),
+):
+    try:
+        wrong = config.with_values({"data.manifest": manifest})
+        store_apart(wrong, folder / "there", load, fingerprints=False)
+    except Exception as error:
+        assert type(error) is problem, error
+        print(str(error).splitlines()[0])
+    assert not multiprocessing.active_children()
+"""
+
+
+def test_a_copy_stores_the_same_and_tells_what_is_wrong(tmp_path: Path) -> None:
+    manifest = make_demo(tmp_path / "data", records=120, clients=3)
+    words = [sys.executable, "-c", _SAME, str(tmp_path), str(manifest)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    missing, killed, by_load = done.stdout.splitlines()
+    assert missing.startswith(f"{manifest}.no: ")
+    assert killed == ("data.manifest: the process that decodes the data was ended (exit code -9)")
+    assert by_load == "division by zero"

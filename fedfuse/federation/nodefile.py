@@ -22,7 +22,9 @@ from fedfuse.federation.policy import ALLOWED, MASKS, OUTPUTS, REQUIRED, UPDATE,
 from fedfuse.privacy.signing import public_key
 from fedfuse.privacy.spec import Unit
 
-__all__ = ["NodeFile"]
+__all__ = ["NODE_FILE", "NodeFile", "node_file", "superlink"]
+
+NODE_FILE = "node.toml"
 
 ANY = "any"
 _HEADINGS = 16 << 20
@@ -262,6 +264,22 @@ class NodeFile:
         ):
             if not 0 <= value < math.inf:
                 yield f"policy.{name} = {value}, but it must be a number from 0 on", ""
+
+
+def node_file(given: Path) -> Path:
+    """The node.toml that is meant by a folder, or by the file itself."""
+    return given / NODE_FILE if given.is_dir() else given
+
+
+def superlink(address: str) -> tuple[str, int]:
+    """Host and port of an address. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"superlink.address = {address!r} is no host:port",
+            hint="ask the server's operator for the address of its Fleet API",
+        )
+    return host.strip("[]"), int(port)
 
 
 def _user(name: str) -> int:

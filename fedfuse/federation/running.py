@@ -13,11 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedfuse.errors import ConfigError, FederationError
-from fedfuse.federation.door import is_guarded
-from fedfuse.federation.inspection import superlink
-from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.door import LOG, is_guarded
+from fedfuse.federation.nodefile import NodeFile, superlink
 from fedfuse.federation.processes import Process, environment, free_port, program, wait_until
-from fedfuse.federation.vault import LOG
 
 __all__ = [
     "FLOWER",

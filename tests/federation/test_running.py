@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
 from fedfuse.errors import FederationError
 from fedfuse.federation import running
-from fedfuse.federation.newnode import Equipment, equip, node_file, prepared_store
+from fedfuse.federation.newnode import Equipment, equip, prepared_store
+from fedfuse.federation.nodefile import node_file
 from fedfuse.federation.processes import Process, environment, free_port, program, wait_until
 from fedfuse.federation.running import Restarts, run_node
 from tests.federation.conftest import write_manifest
@@ -44,6 +47,11 @@ match number:
         print("[code: 2004] Attempted with public key")
         sys.exit(1)
 """
+
+
+def test_who_watches_a_node_loads_no_torch() -> None:
+    code = "import sys, fedfuse.federation.running; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_pauses_grow_and_end_where_nothing_helps() -> None:

@@ -167,11 +167,13 @@ def run_node(path: Path, tell: Callable[[str], None]) -> None:
                 name="the SuperNode",
             ) as supernode:
                 tell(f"SuperNode {supernode.pid} asks {settings.superlink.address}; log: {log}")
-                why = ""
+                told = False
                 while vault.ended is None and supernode.ended is None:
                     time.sleep(_LOOK_S)
-                    if not why and (why := _FAILURES.get(_saying(log, began)[0], "")):
+                    why = "" if told else _FAILURES.get(_saying(log, began)[0], "")
+                    if why and supernode.ended is None:
                         tell(f"the SuperNode does not get through: {why}")
+                        told = True
             if vault.ended is None:
                 pause = _pause_after(supernode, began, restarts, time.monotonic() - start, tell)
                 end = time.monotonic() + pause

@@ -55,7 +55,6 @@ _START_S = 120.0
 _LOOK_S = 0.5
 _FIRST_S, _LONGEST_S = 1.0, 300.0
 _QUICK_S = 60.0
-_MOST_QUICK, _MOST_FORGOTTEN = 20, 8
 
 
 def supernode_words(settings: NodeFile) -> list[str | Path]:
@@ -102,7 +101,8 @@ class Restarts:
 
     One second, twice as long each time, at most five minutes; from the beginning where it had run
     for a minute. The twentieth in a row that ended within a minute is the last, after some hour of
-    tries; the eighth, after two minutes, where the server forgets a node that it knew.
+    tries. Where the server seems to have forgotten the node, at most eight seconds, and the
+    sixteenth is the last, after two minutes: that passes in one, or not at all.
     """
 
     def __init__(self) -> None:
@@ -110,15 +110,16 @@ class Restarts:
         """How many in a row ended soon after their start."""
         self._pause = _FIRST_S
 
-    def pause_s(self, lasted_s: float, most: int = _MOST_QUICK) -> float | None:
+    def pause_s(self, lasted_s: float, *, forgotten: bool = False) -> float | None:
         """Before the next start, of one that ended after so long; None: there is none."""
         if lasted_s >= _QUICK_S:
             self.quick, self._pause = 0, _FIRST_S
         else:
             self.quick += 1
+        longest, most = (8 * _FIRST_S, 16) if forgotten else (_LONGEST_S, 20)
         if self.quick >= most:
             return None
-        pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_S)
+        pause, self._pause = min(self._pause, longest), min(2 * self._pause, longest)
         return pause
 
 
@@ -204,7 +205,7 @@ def _pause_after(
         if said not in _REFUSALS:
             pause = restarts.pause_s(lasted_s)
         elif said == _FORGOTTEN and _CONNECTED in log.read_bytes()[:began]:
-            pause = restarts.pause_s(lasted_s, _MOST_FORGOTTEN)
+            pause = restarts.pause_s(lasted_s, forgotten=True)
         else:
             pause = None
     if pause is None:

@@ -60,6 +60,9 @@ def test_pauses_grow_and_end_where_nothing_helps() -> None:
     assert pauses[:9] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert pauses[9:] == [300] * 10 + [None]
     restarts = Restarts()
+    pauses = [restarts.pause_s(5.0, forgotten=True) for _ in range(16)]
+    assert pauses == [1, 2, 4] + [8] * 12 + [None]
+    restarts = Restarts()
     for _ in range(100):  # each had been at work before it ended
         assert (restarts.pause_s(5.0), restarts.pause_s(5.0), restarts.pause_s(61.0)) == (1, 2, 1)
         restarts = Restarts()
@@ -78,6 +81,7 @@ def test_a_supernode_is_started_again_until_it_is_refused_for_good(
     script.write_text(SUPERNODE)
     monkeypatch.setattr(running, "supernode_words", lambda settings: [script])
     monkeypatch.setattr(running, "_FIRST_S", 0.01)
+    monkeypatch.setattr(running, "_LOOK_S", 0.05)
 
     def tell(text: str) -> None:
         told.append(text)
@@ -85,7 +89,7 @@ def test_a_supernode_is_started_again_until_it_is_refused_for_good(
 
     with pytest.raises(FederationError, match="does not know this node's key") as caught:
         run_node(node_file(node), tell)
-    assert "as 8 did soon after their start, so the vault was stopped too" in caught.value.what
+    assert "as 16 did soon after their start, so the vault was stopped too" in caught.value.what
     again = [text for text in told if "started again" in text]
     assert [text.partition("; it is")[0] for text in again[:4]] == [
         "the SuperNode ended with code 3",
@@ -94,7 +98,7 @@ def test_a_supernode_is_started_again_until_it_is_refused_for_good(
         "superlink.log says which)",
         "the SuperNode ended with code 1",
     ]
-    assert len(again) == 7
+    assert len(again) == 15
     assert all("which passes in a minute" in text for text in again[4:])
     assert "ValueError: a thread failed" in (node / "supernode.log").read_text()
     assert len(vaults) == 1

@@ -149,7 +149,10 @@ def _auroc(score: Array, truth: NDArray[np.bool_]) -> Figures:
     mixed = [k for k in range(truth.shape[1]) if 0 < truth[:, k].sum() < len(truth)]
     if not mixed or not np.isfinite(score).all():
         return {}
-    return {"auroc": float(np.mean([roc_auc_score(truth[:, k], score[:, k]) for k in mixed]))}
+    truth, score = truth[:, mixed], score[:, mixed]
+    if len(mixed) == 1:
+        truth, score = truth[:, 0], score[:, 0]
+    return {"auroc": float(roc_auc_score(truth, score, average="macro"))}
 
 
 def _sentiment(guess: Array, truth: Array, span: tuple[float, ...]) -> Figures:

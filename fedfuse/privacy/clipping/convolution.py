@@ -17,7 +17,7 @@ from fedfuse.privacy.clipping.linear import gram_squares, product
 
 __all__ = ["ConvEntry", "ConvLayer", "patches"]
 
-_CHUNK = 1 << 17
+_CHUNK = 1 << 19
 """Numbers of patches made at once, so that they are used while in a core's cache."""
 _CHUNK_GPU = 1 << 26
 

@@ -44,8 +44,8 @@ import tomli_w
 from crowd import write_crowd
 from measure import Watch, machine
 
-from fedfuse.federation.newnode import Equipment, equip, node_file, prepared_store
-from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.newnode import Equipment, equip, prepared_store
+from fedfuse.federation.nodefile import NodeFile, node_file
 from fedfuse.federation.processes import Process, environment, free_port, wait_until
 from fedfuse.federation.running import supernode_words
 from fedfuse.federation.serverdata import prepare_store

@@ -687,7 +687,7 @@ FAULTS = (
     Fault(
         line=9,
         name="repeated-subjects-let-through",
-        file="fedfuse/federation/simulate.py",
+        file="fedfuse/federation/store.py",
         old="prepared.repeated_subjects and not privacy.records_are_units:",
         new="False:",
         tests=(

@@ -17,7 +17,7 @@ import yaml
 from fedfuse.cli import app
 from fedfuse.federation.nodefile import NodeFile
 from fedfuse.federation.processes import QUIET
-from fedfuse.federation.running import supernode_words
+from fedfuse.federation.running import WHOLE, supernode_words
 from tests.federation.test_nodefile import written
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,12 +61,16 @@ def test_the_units_say_what_the_commands_would(tmp_path: Path) -> None:
     ours, theirs = map(str, supernode_words(settings)), shlex.split(supernode["ExecStart"][0])
     assert {w for w in ours if w[:2] == "--"} == {w for w in theirs if w[:2] == "--"}
     assert f'vault="{socket}"' in theirs
+    program = theirs.index("/opt/fedfuse/bin/flower-supernode")
+    assert theirs[1:program] == list(WHOLE[1:])
     assert socket in (DEPLOY / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["fedfuse-vault", "fedfuse-supernode"])
-def test_nothing_is_started_again_by_itself(name: str) -> None:
-    assert unit(name)["Restart"] == ["no"]
+def test_a_supernode_is_started_again_and_a_vault_is_not() -> None:
+    assert unit("fedfuse-vault")["Restart"] == ["no"]
+    supernode = unit("fedfuse-supernode")
+    assert supernode["Restart"] == ["on-failure"]
+    assert supernode["StartLimitBurst"] == ["60"]
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")

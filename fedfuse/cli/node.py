@@ -122,7 +122,8 @@ def prepare(
     ] = None,
 ) -> None:
     """Decode the node's records once, so that a round begins at once. The node must not run."""
-    from fedfuse.federation.newnode import node_file, prepared_store
+    from fedfuse.federation.newnode import prepared_store
+    from fedfuse.federation.nodefile import node_file
 
     prepared = prepared_store(node_file(node), manifest, scenario)
     for note in prepared.notes:
@@ -141,7 +142,7 @@ def check(
     Exit code 0: nothing is wrong, though there may be notes. 1: something is.
     """
     from fedfuse.federation.inspection import WRONG, inspect
-    from fedfuse.federation.newnode import node_file
+    from fedfuse.federation.nodefile import node_file
 
     looks = list(inspect(node_file(node), online=not offline))
     if as_json:
@@ -161,8 +162,8 @@ def identity(node: Node) -> None:
 
     Give it to them by another way than the server. The key is made if it is not there yet.
     """
-    from fedfuse.federation.newnode import node_file, own_identity
-    from fedfuse.federation.nodefile import NodeFile
+    from fedfuse.federation.newnode import own_identity
+    from fedfuse.federation.nodefile import NodeFile, node_file
 
     settings = NodeFile.read(node_file(node))
     line, new = own_identity(settings)
@@ -185,9 +186,9 @@ def start(
 ) -> None:
     """Run the node, and show a line for each message: what was asked, answered and spent.
 
-    Ctrl-C ends it in order. Nothing is started again by itself.
+    Ctrl-C ends it in order. A SuperNode that ends is started again, a vault is not.
     """
-    from fedfuse.federation.newnode import node_file
+    from fedfuse.federation.nodefile import node_file
 
     path = node_file(node)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -211,7 +212,7 @@ def status(node: Node, as_json: AsJson = False) -> None:
     Exit code 0: it runs. 1: it does not.
     """
     from fedfuse.federation.door import is_guarded
-    from fedfuse.federation.newnode import node_file
+    from fedfuse.federation.nodefile import node_file
     from fedfuse.federation.vault import STATUS, Vault
 
     path = node_file(node)

@@ -164,9 +164,13 @@ def start(
         else:
             click.echo("\n".join(_invitation(server)), err=True)
 
+    def turned_away(text: str) -> None:
+        said = line("turned-away", problem=text) if log == "json" else f"turned away: {text}"
+        click.echo(said, err=True)
+
     try:
         with serving(link):
-            link.run(ready)
+            link.run(ready, turned_away)
     except KeyboardInterrupt:
         pass
     click.echo(line("stopped") if log == "json" else "the server is stopped", err=True)
@@ -243,7 +247,7 @@ def status(folder: Server, as_json: AsJson = False) -> None:
 
     Exit code 0: it answers, and its certificate holds. 1: not so.
     """
-    from fedfuse.federation.knocks import strangers
+    from fedfuse.federation.knocks import failed_handshakes, strangers
 
     link = _link(folder)
     certificate = link.server.certificate()
@@ -256,6 +260,7 @@ def status(folder: Server, as_json: AsJson = False) -> None:
         "certificate_days": round(certificate.days_left, 1),
         "nodes": link.nodes() if answers else [],
         "turned_away": strangers(link.server.log),
+        "failed_handshakes": failed_handshakes(link.server.log),
         "runs": list(_runs(link.server)),
     }
     if as_json:
@@ -417,6 +422,8 @@ def _status_lines(tree: dict[str, Any]) -> Iterator[str]:
             yield f"{'nodes' if not index else '':<11}  {text}"
     for key, count in tree["turned_away"].items():
         yield f"turned away  a key that is not registered, {count} x: {key}"
+    for text, last in tree["failed_handshakes"].items():
+        yield f"turned away  {text}, last told at {last}"
     for index, run in enumerate(tree["runs"]):
         text = f"{run['run']}  {run['status']}, {run['rounds_done']} of {run['rounds']} rounds"
         yield f"{'runs' if not index else '':<11}  {text}"

@@ -32,7 +32,7 @@ from fedfuse.federation.framing import Letter, nearby, receive, send
 from fedfuse.federation.locks import hold, is_held
 from fedfuse.federation.packing import record_bytes
 
-__all__ = ["Door", "Visit", "is_guarded"]
+__all__ = ["LOG", "Door", "Visit", "is_guarded"]
 
 _log = logging.getLogger("fedfuse.node")
 _VISITORS = 8
@@ -40,7 +40,8 @@ _VISITORS = 8
 _KNOCKS = 128
 """So many more may knock before the kernel sends them away."""
 _PEERS = struct.Struct("3i")  # pid, uid, gid: struct ucred in unix(7)
-_LOCK = "vault.lock"
+_LOCK, LOG = "vault.lock", "vault.log"
+"""Beside the socket: what says that a vault is there, and what it says, for its own user alone."""
 
 
 @dataclass(slots=True, eq=False)

@@ -76,7 +76,8 @@ def forwarded(path: Path, letter: Letter, *, tries_s: float = _TRIES_S) -> Lette
             size = record_bytes(letter.record)
             raise WireError(
                 f"the node's vault broke off within a request of {size:,} bytes: "
-                "vault.max_megabytes in its node.toml says how many it takes, its log why"
+                "vault.max_megabytes, or policy.max_parameters, in its node.toml says how many it "
+                "takes, its log why"
             ) from None
         try:
             return receive(door, most_bytes=_MOST_REPLY, head_s=_patience(letter), rate=1e6)

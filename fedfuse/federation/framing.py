@@ -100,7 +100,7 @@ def receive(door: socket.socket, *, most_bytes: int, head_s: float, rate: float)
     if head_size > MOST_HEAD or size > most_bytes:
         raise WireError(
             f"a letter of {head_size + size:,} bytes, but at most {most_bytes:,} are taken",
-            hint="vault.max_megabytes in node.toml says how much",
+            hint="vault.max_megabytes in node.toml says how much, or policy.max_parameters",
         )
     head = _read(door, head_size, end)
     body = memoryview(_read(door, size, end + size / rate))

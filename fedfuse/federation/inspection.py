@@ -23,13 +23,13 @@ from fedfuse.errors import ConfigError, FederationError, FedfuseError, PrivacyEr
 from fedfuse.federation.door import is_guarded
 from fedfuse.federation.masking.peers import known_to, read_peers
 from fedfuse.federation.newnode import node_key, node_name
-from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.nodefile import NodeFile, superlink
 from fedfuse.federation.processes import program
 from fedfuse.federation.vault import Vault
 from fedfuse.privacy.ledger import Ledger
 from fedfuse.privacy.signing import SigningKey
 
-__all__ = ["NOTE", "OK", "WRONG", "Look", "inspect", "superlink"]
+__all__ = ["NOTE", "OK", "WRONG", "Look", "inspect"]
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 _LOW_DISK = 1 << 30
@@ -72,6 +72,7 @@ def inspect(path: Path, *, online: bool = True) -> Iterator[Look]:
         "budget": lambda: _budget(path, settings),
         "masks": lambda: _masks(settings),
         "vault": lambda: _vault(settings),
+        "requests": lambda: _requests(settings),
         "device": lambda: _device(settings),
         "disk": lambda: _disk(path),
         "clock": lambda: _clock(settings),
@@ -91,17 +92,6 @@ def inspect(path: Path, *, online: bool = True) -> Iterator[Look]:
             looks["server"] = lambda: _server(settings)
     for name, look in looks.items():
         yield _looked(name, look)
-
-
-def superlink(address: str) -> tuple[str, int]:
-    """Host and port of an address. Raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(
-            f"superlink.address = {address!r} is no host:port",
-            hint="ask the server's operator for the address of its Fleet API",
-        )
-    return host.strip("[]"), int(port)
 
 
 def _looked(name: str, look: Callable[[], _Found]) -> Look:
@@ -217,6 +207,20 @@ def _vault(settings: NodeFile) -> _Found:
             "user of its own (vault.clients, docs/deploy/)",
         )
     return OK, f"{state}; open to user {', '.join(map(str, sorted(users)))}", ""
+
+
+def _requests(settings: NodeFile) -> _Found:
+    allowed, fitting = settings.policy.max_parameters, settings.fitting_parameters
+    found = f"models of up to {min(allowed, fitting):,} parameters"
+    if fitting < allowed:
+        return (
+            NOTE,
+            f"{found}: larger ones do not fit into vault.max_megabytes = "
+            f"{settings.vault.max_megabytes}, though policy.max_parameters = {allowed:,}",
+            "set vault.max_megabytes = 0, which takes what the policy allows, or lower "
+            "policy.max_parameters",
+        )
+    return OK, found, ""
 
 
 def _device(settings: NodeFile) -> _Found:

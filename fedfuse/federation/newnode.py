@@ -28,23 +28,20 @@ from fedfuse.data.prepare import Prepared, open_node, prepare
 from fedfuse.errors import ConfigError, FederationError, FedfuseError
 from fedfuse.federation.door import is_guarded
 from fedfuse.federation.masking.peers import identity_line
-from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.nodefile import NODE_FILE, NodeFile
 from fedfuse.privacy import disk
 from fedfuse.privacy.ledger import Ledger
 from fedfuse.privacy.signing import SigningKey, public_key
 
 __all__ = [
-    "NODE_FILE",
     "Equipment",
     "equip",
-    "node_file",
     "node_key",
     "node_name",
     "own_identity",
     "prepared_store",
 ]
 
-NODE_FILE = "node.toml"
 _TEMPLATE = Path(__file__).with_name("node.example.toml")
 
 
@@ -65,11 +62,6 @@ class Equipment:
     clients: tuple[str, ...] = ()
     socket: Path | None = None
     insecure: bool = False
-
-
-def node_file(given: Path) -> Path:
-    """The node.toml that is meant by a folder, or by the file itself."""
-    return given / NODE_FILE if given.is_dir() else given
 
 
 def equip(folder: Path, what: Equipment) -> str:

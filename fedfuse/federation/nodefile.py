@@ -22,9 +22,13 @@ from fedfuse.federation.policy import ALLOWED, MASKS, OUTPUTS, REQUIRED, UPDATE,
 from fedfuse.privacy.signing import public_key
 from fedfuse.privacy.spec import Unit
 
-__all__ = ["NodeFile"]
+__all__ = ["NODE_FILE", "NodeFile", "node_file", "superlink"]
+
+NODE_FILE = "node.toml"
 
 ANY = "any"
+_HEADINGS = 16 << 20
+"""Bytes of a request besides its weights (float32): each array has a heading of 128."""
 _KEY = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -81,8 +85,9 @@ class _Vault:
     """Where the vault is reached. It makes the folder, or wants it to be its own alone."""
     clients: tuple[str, ...] = ()
     """The users, by name or number, who may ask it. Empty: only the one that runs it."""
-    max_megabytes: int = 256
-    """The largest request; eight may be in memory at once."""
+    max_megabytes: int = 0
+    """The largest request; eight may be in memory at once. 0: what a model of
+    policy.max_parameters takes."""
     offline: bool = True
     """Model weights come from this machine's disk alone: no hub is asked for any."""
 
@@ -178,6 +183,17 @@ class NodeFile:
         """The users who may ask the vault, by number. Raises ConfigError on an unknown one."""
         return frozenset(map(_user, self.vault.clients)) or frozenset({os.geteuid()})
 
+    @property
+    def most_bytes(self) -> int:
+        """Of the arrays in a request that the vault takes."""
+        own = self.vault.max_megabytes << 20
+        return own or 4 * self.policy.max_parameters + _HEADINGS
+
+    @property
+    def fitting_parameters(self) -> int:
+        """How many parameters a model can have that comes through the vault's door."""
+        return max(0, self.most_bytes - _HEADINGS) // 4
+
     def _faults(self) -> Iterator[tuple[str, str]]:
         """(what, hint) of each setting that is missing or out of range."""
         policy = self.policy
@@ -231,8 +247,11 @@ class NodeFile:
             yield "masks.peers is given, but masks.key is missing", "see node.example.toml"
         if masks.colluders < 0:
             yield f"masks.colluders = {masks.colluders}, but it must be 0 or more", ""
-        if not 0 < self.vault.max_megabytes <= 1 << 20:
-            yield f"vault.max_megabytes = {self.vault.max_megabytes}, but it must be from 1 on", ""
+        if not 0 <= self.vault.max_megabytes <= 1 << 20:
+            yield (
+                f"vault.max_megabytes = {self.vault.max_megabytes}, but it must be 0 or more",
+                "0 is what a model of policy.max_parameters takes",
+            )
         if not self.vault.socket:
             yield "vault.socket is missing", "say where the vault's socket is to lie"
         for name, value in (
@@ -245,6 +264,22 @@ class NodeFile:
         ):
             if not 0 <= value < math.inf:
                 yield f"policy.{name} = {value}, but it must be a number from 0 on", ""
+
+
+def node_file(given: Path) -> Path:
+    """The node.toml that is meant by a folder, or by the file itself."""
+    return given / NODE_FILE if given.is_dir() else given
+
+
+def superlink(address: str) -> tuple[str, int]:
+    """Host and port of an address. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"superlink.address = {address!r} is no host:port",
+            hint="ask the server's operator for the address of its Fleet API",
+        )
+    return host.strip("[]"), int(port)
 
 
 def _user(name: str) -> int:

@@ -10,12 +10,15 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedfuse.batch import Schema
 from fedfuse.errors import BudgetExceeded, DataError, FedfuseError, PrivacyError
-from fedfuse.federation.wire import TrainRequest
 from fedfuse.privacy import accounting
 from fedfuse.privacy.spec import Mechanism, PrivacyConfig, Unit
+
+if TYPE_CHECKING:
+    from fedfuse.batch import Schema
+    from fedfuse.federation.wire import TrainRequest
 
 __all__ = [
     "ALLOWED",

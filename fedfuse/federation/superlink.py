@@ -14,6 +14,7 @@ import socket
 import sqlite3
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -29,7 +30,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from fedfuse.errors import FederationError
-from fedfuse.federation.processes import Process, environment, program, wait_until
+from fedfuse.federation.knocks import failed_handshake
+from fedfuse.federation.processes import Follower, Process, environment, program, wait_until
 from fedfuse.federation.serverfile import ServerFile
 from fedfuse.federation.tickets import (
     KEY_VARIABLE,
@@ -59,10 +61,10 @@ class SuperLink:
 
     # ---- the process
 
-    def run(self, ready: Callable[[], None], watch: Callable[[], None] = lambda: None) -> None:
+    def run(self, ready: Callable[[], None], turned_away: Callable[[str], None]) -> None:
         """Starts it, calls `ready` when it answers, and returns once `stop` was asked for.
 
-        watch   called again and again meanwhile
+        turned_away   is told in a sentence whose TLS handshake failed, and why
 
         Raises FederationError where it cannot start, or ends by itself; KeyboardInterrupt ends it.
         """
@@ -73,6 +75,7 @@ class SuperLink:
         server.log.touch(mode=0o600)
         tls = server.settings.tls
         words: list[str | Path] = [
+            *(sys.executable, "-P", "-m", "fedfuse.federation.handshakes"),
             program("flower-superlink"),
             *("--host", link.bind, "--port", str(link.port), "--database", server.database),
             *("--ssl-certfile", server.path(tls.certificate)),
@@ -91,12 +94,16 @@ class SuperLink:
         folder, log = server.home, server.log
         variables = environment(server.home, settings)
         pids = server.path(_PIDS)
-        with Process(words, environment=variables, folder=folder, log=log) as process:
+        lines = Follower(log)
+        with Process(
+            words, environment=variables, folder=folder, log=log, name="the SuperLink"
+        ) as process:
             disk.replace(pids, json.dumps({"pid": process.pid}).encode())
             wait_until(self.answers, _START_S, "the SuperLink does not answer", process)
             ready()
             while process.ended is None and pids.exists():
-                watch()
+                for sentence in filter(None, map(failed_handshake, lines.lines())):
+                    turned_away(sentence)
                 time.sleep(_LOOK_S)
             asked = not pids.exists()
         pids.unlink(missing_ok=True)

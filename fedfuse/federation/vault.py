@@ -26,7 +26,7 @@ from fedfuse.config import RunConfig
 from fedfuse.data.prepare import fingerprint_of, open_node
 from fedfuse.errors import FederationError, PrivacyError, WireError
 from fedfuse.federation.books import Books, LedgerBooks, SeededBooks, StateBooks
-from fedfuse.federation.door import Door
+from fedfuse.federation.door import LOG, Door
 from fedfuse.federation.framing import PACKAGE, Letter
 from fedfuse.federation.masking.conduct import MESSAGE_TYPE
 from fedfuse.federation.masking.peers import known_to, read_peers
@@ -43,7 +43,7 @@ from fedfuse.privacy.signing import SigningKey
 
 __all__ = ["LOG", "STATUS", "Answered", "Vault", "serve"]
 
-STATUS, LOG = "status.json", "vault.log"
+STATUS = "status.json"
 """Beside the socket, for the vault's own user alone."""
 _log = logging.getLogger("fedfuse.node")
 _MOST_LOG = 5 << 20
@@ -196,7 +196,7 @@ def serve(path: Path, tell: Callable[[Answered], None], ready: Callable[[Vault],
     door = Door(
         socket,
         clients=vault.settings.clients(),
-        most_bytes=vault.settings.vault.max_megabytes << 20,
+        most_bytes=vault.settings.most_bytes,
     )
     try:
         with _logging_to(socket.with_name(LOG)), _alone(vault.settings.vault.offline):

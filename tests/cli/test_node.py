@@ -207,6 +207,10 @@ def spoil(made: Path, what: str, tmp_path: Path) -> None:
         case "door":
             (made / "door").mkdir(mode=0o755)
             (made / "door").chmod(0o755)
+        case "door's width":
+            (made / "node.toml").write_text(
+                text.replace("max_megabytes = 0", "max_megabytes = 256")
+            )
         case "user":
             (made / "node.toml").write_text(text.replace("clients = []", 'clients = ["no-one"]'))
 
@@ -230,6 +234,7 @@ def spoil(made: Path, what: str, tmp_path: Path) -> None:
         ("device", "device", "wrong", "'cuda:77' cannot be used", "auto"),
         ("door", "vault", "wrong", "others may enter", "chmod 750"),
         ("user", "vault", "wrong", "no user 'no-one'", "SuperNode"),
+        ("door's width", "requests", "note", "up to 62,914,560 parameters", "max_megabytes = 0"),
     ],
 )
 def test_what_is_wrong_is_crossed_and_its_remedy_told(

@@ -14,7 +14,8 @@ from typing import Any
 
 import tomli_w
 
-from fedfuse.federation.newnode import Equipment, equip, node_file, prepared_store
+from fedfuse.federation.newnode import Equipment, equip, prepared_store
+from fedfuse.federation.nodefile import node_file
 from fedfuse.federation.processes import Process, environment, free_port, program, wait_until
 from fedfuse.federation.serverdata import prepare_store
 from fedfuse.federation.serverfile import equip_server

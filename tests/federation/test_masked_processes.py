@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from fedfuse.config import RunConfig
-from fedfuse.federation.newnode import node_file, own_identity
-from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.newnode import own_identity
+from fedfuse.federation.nodefile import NodeFile, node_file
 from fedfuse.federation.observer import Silent
 from fedfuse.federation.processes import Process, environment, wait_until
 from fedfuse.federation.running import supernode_words

@@ -6,12 +6,16 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
+from flwr.app import RecordDict
 
 from fedfuse.errors import ConfigError, PrivacyError
 from fedfuse.federation import nodefile
 from fedfuse.federation.nodefile import NodeFile
+from fedfuse.federation.packing import record_bytes
+from fedfuse.federation.wire import encode
 from fedfuse.privacy.signing import SigningKey
 from fedfuse.privacy.spec import Unit
 
@@ -100,6 +104,7 @@ def test_a_policy_is_what_the_file_says(tmp_path: Path) -> None:
         ({"policy": {"secure_aggregation": "required"}}, "never leave under masks"),
         ({"masks": {"peers": "peers.toml"}}, "masks.key is missing"),
         ({"masks": {"colluders": -1}}, "masks.colluders = -1"),
+        ({"vault": {"max_megabytes": -1}}, "vault.max_megabytes = -1"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_and_the_setting_named(
@@ -109,6 +114,20 @@ def test_a_file_that_is_wrong_is_refused_and_the_setting_named(
     with pytest.raises(ConfigError, match=message) as caught:
         NodeFile.read(path)
     assert caught.value.where == str(path)
+
+
+def test_the_vault_takes_what_the_policy_allows_unless_it_is_told_less(tmp_path: Path) -> None:
+    settings = NodeFile.read(written(tmp_path))
+    assert settings.fitting_parameters == settings.policy.max_parameters == 100_000_000
+    few = NodeFile.read(written(tmp_path, policy={"max_parameters": 1_000_000}))
+    many_small = {f"layer.{n}": np.zeros(200, dtype=np.float32) for n in range(5000)}
+    for arrays in (many_small, {"one": np.zeros(1_000_000, dtype=np.float32)}):
+        size = record_bytes(RecordDict({"arrays": encode(arrays)}))
+        assert 4_000_000 < size <= few.most_bytes < 24_000_000
+    tight = NodeFile.read(written(tmp_path, vault={"max_megabytes": 256}))
+    assert tight.most_bytes == 256 << 20
+    assert tight.fitting_parameters == 60 << 20 < tight.policy.max_parameters
+    assert NodeFile.read(written(tmp_path, vault={"max_megabytes": 1})).fitting_parameters == 0
 
 
 def test_a_node_without_a_promise_says_so_itself(tmp_path: Path) -> None:

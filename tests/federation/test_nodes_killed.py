@@ -78,24 +78,30 @@ def done(before: list[Account], now: list[Account]) -> bool:
     return now != before and now[0].open == (before[0].open if before else 0)
 
 
+def start_run(
+    stack: ExitStack, federation: Federation, name: str, more: dict[str, object]
+) -> tuple[Process, Path]:
+    """A run of `RUN` and `more`, by its operator's command, and its folder."""
+    words = [sys.executable, "-m", "fedfuse", "server", "run", str(federation.srv)]
+    changes = [f"--set={key}={value}" for key, value in (RUN | more).items()]
+    log = federation.folder / f"{name}.log"
+    run = Process([*words, str(federation.scenario), *changes], environment=os.environ,
+                  folder=federation.folder, log=log)  # fmt: skip
+    stack.enter_context(run)
+    wait_until(lambda: "Flower's run" in log.read_text(), 120, "no run", run)
+    return run, Path(re.findall(r"^Flower's run \d+, in (.+)$", log.read_text(), re.M)[0])
+
+
 @pytest.mark.parametrize("when", [asked, training, done])
 def test_a_run_goes_on_without_a_node_that_is_killed(
     federation: Federation, when: Callable[[list[Account], list[Account]], bool]
 ) -> None:
     victim, *others = federation.nodes
     spent = {node: accounts(node) for node in federation.nodes}
-    words = [sys.executable, "-m", "fedfuse", "server", "run", str(federation.srv)]
-    changes = [f"--set={key}={value}" for key, value in RUN.items()]
-    log = federation.folder / f"{when.__name__}.log"
     with ExitStack() as stack:
         nodes = [stack.enter_context(federation.start_node(node)) for node in federation.nodes]
         wait_for_nodes(federation, nodes)
-        run = stack.enter_context(
-            Process([*words, str(federation.scenario), *changes], environment=os.environ,
-                    folder=federation.folder, log=log)
-        )  # fmt: skip
-        wait_until(lambda: "Flower's run" in log.read_text(), 120, "no run", run)
-        folder = Path(re.findall(r"^Flower's run \d+, in (.+)$", log.read_text(), re.M)[0])
+        run, folder = start_run(stack, federation, when.__name__, {})
         lines = Follower(folder / "progress.jsonl", place=0)
         wait_until(
             lambda: any(json.loads(x)["event"] == "round-started" for x in lines.lines()),
@@ -106,7 +112,7 @@ def test_a_run_goes_on_without_a_node_that_is_killed(
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         wait_until(lambda: run.ended is not None, 200, "the run does not end")
-        assert run.ended == 0, log.read_text()
+        assert run.ended == 0, run.log and run.log.read_text()
     written, heads = RunFolder.open(folder), read_heads(folder / "heads.jsonl")
     summary = written.summary()
     assert summary is not None
@@ -130,6 +136,58 @@ def test_a_run_goes_on_without_a_node_that_is_killed(
     # The server does not know a name that never answered; it counts one more node of which none is
     # sure, as long as it was not told.
     assert len(booked) == len(federation.nodes)
+
+
+def test_a_node_whose_supernode_is_killed_comes_back_in_the_same_run(
+    federation: Federation,
+) -> None:
+    """Its vault goes on, what was reserved is spent once, and it takes part in what is left."""
+    victim, *others = federation.nodes
+    spent = {node: accounts(node) for node in federation.nodes}
+
+    def of_victim(words: bytes) -> list[int]:
+        return [pid for pid in processes(victim) if words in words_of(pid)]
+
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(federation.start_node(node)) for node in federation.nodes]
+        wait_for_nodes(federation, nodes)
+        vault = of_victim(b"--only\0vault")
+        # The first round goes on until the SuperLink notices that the killed one is gone: a minute.
+        more = {"train.rounds": 4, "federation.round_timeout_s": 240.0}
+        run, folder = start_run(stack, federation, "comes_back", more)
+        wait_until(
+            lambda: training(spent[victim], accounts(victim)), 120, "it is not there yet", run
+        )
+        for pid in of_victim(b"flower-supernode"):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: run.ended is not None, 400, "the run does not end")
+        assert run.ended == 0, run.log and run.log.read_text()
+        assert of_victim(b"--only\0vault") == vault
+    said = victim.with_suffix(".log").read_text()
+    assert "the SuperNode was ended by signal 9; it is started again in 1 s" in said
+    written, heads = RunFolder.open(folder), read_heads(folder / "heads.jsonl")
+    summary = written.summary()
+    assert summary is not None
+    assert (summary["status"], summary["rounds_done"]) == ("finished", 4)
+    taken = {
+        node: {event.round for event in written.events()
+               if event.node == node.name and event.status == "spent"}
+        for node in federation.nodes
+    }  # fmt: skip
+    assert all(taken[node] == {1, 2, 3, 4} for node in others)
+    assert 4 in taken[victim]
+    for node in federation.nodes:
+        seen = [head for head in heads if head.node == node.name]
+        anchor = federation.folder / f"anchor-{node.name[-1]}"
+        assert verify(node / "ledger", anchor=anchor, heads=seen).holds
+        old, new = spent[node], accounts(node)
+        before = (old[0].rounds, old[0].open) if old else (0, 0)
+        assert new[0].rounds - before[0] == len(
+            taken[node] | {1}
+        )  # the first is spent, though lost
+        assert new[0].open == before[1]
+        stated = summary["privacy"]["epsilon_by_node"][node.name]
+        assert stated <= accounting.epsilon(new[0].history, 1e-5) + 1e-9 <= 8.0
 
 
 def accounts(node: Path) -> list[Account]:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -120,9 +121,14 @@ def test_who_may_not_connect_is_told_why(federation: Federation, tmp_path: Path)
     log = federation.link.server.log.read_text()
     assert "ApiError:2004" in log
     assert "ApiError:2001" in log
-    assert "turned away  a key that is not registered" in fedfuse(
-        "server", "status", federation.srv
-    ).stdout  # fmt: skip
+    terminal = (federation.srv / "server.log").read_text()
+    told = fedfuse("server", "status", federation.srv).stdout
+    assert "turned away  a key that is not registered" in told
+    for sentence in ("127.0.0.1 does not trust this server's certificate",
+                     "127.0.0.1 speaks without TLS"):  # fmt: skip
+        assert log.count(f" turned away: {sentence}") == 1  # though the second goes on trying
+        assert terminal.count(f"\nturned away: {sentence}") == 1
+        assert f"turned away  {sentence}" in told
 
 
 @pytest.mark.skipif(not os.environ.get("FEDFUSE_ALL"), reason="a minute; FEDFUSE_ALL=1 runs it")
@@ -299,6 +305,18 @@ def test_a_proxy_lets_nodes_through_and_nobody_else(federation: Federation, tmp_
         # What a node asks arrives: it is turned away by the SuperLink, for its key.
         with federation.knock(stranger, trust, port) as node:
             says(node, "SuperNode authentication is enabled")
+        # Whose TLS fails comes no further than the proxy, whose log says it.
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=20) as line,
+            pytest.raises(ssl.SSLCertVerificationError),
+        ):
+            ssl.create_default_context().wrap_socket(line, server_hostname="localhost")
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as bare_line:
+            bare_line.request("POST", "/v1/fleet/activate-node")
+            assert bare_line.getresponse().status == 400
+        said = (tmp_path / "error.log").read_text()
+        assert "unknown ca" in said
+        assert "client sent plain HTTP request to HTTPS port" in said
 
 
 def outsider(folder: Path, federation: Federation, port: int) -> Callable[..., int]:

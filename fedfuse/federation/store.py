@@ -7,6 +7,7 @@ never lie in this process's own memory.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedfuse.allocator import keep_freed_memory
 from fedfuse.batch import Schema
 from fedfuse.config import RunConfig
 from fedfuse.data.prepare import Prepared, prepare
@@ -85,6 +87,7 @@ def store_apart(
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
+    gc.freeze()  # a collection would write to every object, and so copy the memory they share
     copy = context.Process(target=_work, args=(there, config, temporary, fingerprints))
     copy.start()
     there.close()
@@ -112,6 +115,7 @@ def _work(pipe: Connection, config: RunConfig, temporary: Path, fingerprints: bo
     """Sends what `store` gives or raises."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what is to be left
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    keep_freed_memory()
     try:
         found: object = store(config, temporary, fingerprints=fingerprints)
     except FedfuseError as error:

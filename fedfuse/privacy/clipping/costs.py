@@ -30,11 +30,11 @@ def gram_is_cheaper(T: int, d: int, p: int, held: int) -> bool:
     """Whether (T, T) Gram matrices beat a (d, p) gradient for each record.
 
     held  numbers of a record's input and output gradient, which are in memory anyway; an
-          instantiated gradient of more than twice as many would be what sets the peak
+          instantiated gradient of more would be what sets the peak
 
     >>> gram_is_cheaper(1, 64, 64, 128), gram_is_cheaper(256, 16, 16, 8192)
     (True, False)
     """
     gram = 2.0 * T * T * (d + p) + 10.0 * T * T + _WRITTEN * T * min(d, p)
     whole = _WRITTEN * d * p
-    return gram <= whole or (d * p > 2 * held and gram <= 4 * whole)
+    return gram <= whole or (d * p > held and gram <= 4 * whole)

@@ -6,6 +6,7 @@ never lie in this process's own memory.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import multiprocessing
@@ -25,6 +26,7 @@ from fedfuse.config import RunConfig
 from fedfuse.data.prepare import Prepared, prepare
 from fedfuse.data.reading import Reading
 from fedfuse.errors import FederationError, FedfuseError, PrivacyError
+from fedfuse.federation.tether import PR_SET_PDEATHSIG
 from fedfuse.privacy.spec import Unit
 
 __all__ = ["Stored", "store", "store_apart"]
@@ -112,7 +114,8 @@ def store_apart(
 
 
 def _work(pipe: Connection, config: RunConfig, temporary: Path, fingerprints: bool) -> None:
-    """Sends what `store` gives or raises."""
+    """Sends what `store` gives or raises; ends with the parent, however that one ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what is to be left
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     keep_freed_memory()

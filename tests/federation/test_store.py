@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from fedfuse.data.demo import make_demo
@@ -61,3 +62,40 @@ def test_a_copy_stores_the_same_and_tells_what_is_wrong(tmp_path: Path) -> None:
     assert missing.startswith(f"{manifest}.no: ")
     assert killed == ("data.manifest: the process that decodes the data was ended (exit code -9)")
     assert by_load == "division by zero"
+
+
+_KILLED = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+from fedfuse.config import RunConfig
+from fedfuse.federation.store import store_apart
+
+def load():
+    (copy,) = multiprocessing.active_children()
+    while True:  # until it ignores Ctrl-C, which it does when it is tied to this process
+        lines = Path(f"/proc/{copy.pid}/status").read_text().splitlines()
+        if int(next(line for line in lines if line.startswith("SigIgn")).split()[1], 16) & 2:
+            break
+        time.sleep(0.01)
+    os.kill(copy.pid, signal.SIGSTOP)
+    Path(sys.argv[1], "pid").write_text(str(copy.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+config = RunConfig().with_values({"data.manifest": sys.argv[2]})
+store_apart(config, Path(sys.argv[1]), load, fingerprints=False)
+"""
+
+
+def test_the_copy_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    manifest = make_demo(tmp_path / "data", records=600, clients=3)
+    words = [sys.executable, "-c", _KILLED, str(tmp_path), str(manifest)]
+    assert subprocess.call(words) == -9
+    copy = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    for _ in range(200):
+        try:
+            if copy.read_text().rpartition(")")[2].split()[0] == "Z":  # nobody waits for it here
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("it is still there")

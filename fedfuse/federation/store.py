@@ -6,7 +6,6 @@ never lie in this process's own memory.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import multiprocessing
@@ -26,7 +25,7 @@ from fedfuse.config import RunConfig
 from fedfuse.data.prepare import Prepared, prepare
 from fedfuse.data.reading import Reading
 from fedfuse.errors import FederationError, FedfuseError, PrivacyError
-from fedfuse.federation.tether import PR_SET_PDEATHSIG
+from fedfuse.federation.tether import end_with
 from fedfuse.privacy.spec import Unit
 
 __all__ = ["Stored", "store", "store_apart"]
@@ -90,7 +89,7 @@ def store_apart(
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     gc.freeze()  # a collection would write to every object, and so copy the memory they share
-    copy = context.Process(target=_work, args=(there, config, temporary, fingerprints))
+    copy = context.Process(target=_work, args=(os.getpid(), there, config, temporary, fingerprints))
     copy.start()
     there.close()
     try:
@@ -113,9 +112,11 @@ def store_apart(
     return found
 
 
-def _work(pipe: Connection, config: RunConfig, temporary: Path, fingerprints: bool) -> None:
+def _work(
+    parent: int, pipe: Connection, config: RunConfig, temporary: Path, fingerprints: bool
+) -> None:
     """Sends what `store` gives or raises; ends with the parent, however that one ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    end_with(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what is to be left
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     keep_freed_memory()

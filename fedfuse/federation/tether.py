@@ -9,11 +9,20 @@ import os
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # prctl(2): kept by the program that this process becomes
+__all__ = ["end_with"]
+
+_PR_SET_PDEATHSIG = 1  # prctl(2): kept by the program that this process becomes
+
+
+def end_with(parent: int, by: signal.Signals) -> None:
+    """This process gets the signal `by` when `parent`, which started it, ends; it ends at once
+    where that has happened."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(by), 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
 
 if __name__ == "__main__":
-    parent, *words = sys.argv[1:]
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != int(parent):  # it has ended already
-        raise SystemExit(1)
+    own_parent, *words = sys.argv[1:]
+    end_with(int(own_parent), signal.SIGTERM)
     os.execv(words[0], words)

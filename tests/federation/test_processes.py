@@ -21,14 +21,7 @@ from fedfuse.federation.processes import (
     program,
     wait_until,
 )
-
-
-def running(pid: int) -> bool:
-    """Whether a process is there and has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+from tests.federation.deployment import running
 
 
 def test_settings_of_ours_and_telemetry_do_not_reach_flower(

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from fedfuse.errors import FederationError
+from fedfuse.federation.processes import wait_until
+from tests.federation.deployment import running
 
 _HEAD = """
 import os, sys, threading, time
@@ -62,17 +63,7 @@ def test_a_worker_has_what_was_loaded_and_the_copy_ends_with_its_parent(tmp_path
         copy = int(line or 0)
         assert Path(f"/proc/{copy}").exists()
         process.send_signal(signal.SIGKILL)  # nothing is told to anybody
-        end = time.monotonic() + 30
-        while Path(f"/proc/{copy}").exists() and _state(copy) != "Z":
-            assert time.monotonic() < end, "the copy is left over"
-            time.sleep(0.05)
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
+        wait_until(lambda: not running(copy), 30, "the copy is left over")
 
 
 def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fedfuse.privacy.clipping.linear import gram_squares, product
 __all__ = ["ConvEntry", "ConvLayer", "patches"]
 
 _CHUNK = 1 << 19
-"""Numbers of patches made at once, so that they are used while in a core's cache."""
+"""Numbers of patches made at once: about what a core's caches hold, in as few calls."""
 _CHUNK_GPU = 1 << 26
 
 

@@ -1,8 +1,8 @@
 """torchaudio also where its compiled extension cannot be loaded.
 
 torchaudio's wheels on PyPI are linked to CUDA: beside a CPU build of torch its import raises
-OSError. Spectrograms and resampling are pure torch, so a stand-in for the extension is enough for
-them. torchaudio.load and save are never used here.
+OSError. Resampling is pure torch, so a stand-in for the extension is enough for it. torchaudio.load
+and save are never used here.
 """
 
 from __future__ import annotations

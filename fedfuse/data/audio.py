@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from fedfuse.data.decoder import AT_ONCE, Decoder, Read
 from fedfuse.data.media import media_path, read_bytes
 from fedfuse.errors import DataError
-from fedfuse.torchaudio_compat import load_torchaudio
 
 if TYPE_CHECKING:
     from fedfuse.data.columns import Source
@@ -121,8 +120,7 @@ def read_waveform(path: Path, spec: AudioSpec) -> tuple[NDArray[np.float32], int
     if not np.isfinite(mono).all():
         raise DataError(f"audio {path.name} holds NaN or inf", hint="export it again")
     if rate != spec.rate:
-        resample = _resampler(rate, spec.rate)
-        mono = resample(torch.from_numpy(mono)).numpy()
+        mono = _resampled(mono, rate, spec.rate)
     return mono[: spec.samples], rate
 
 
@@ -150,14 +148,11 @@ def log_mel(waves: Sequence[NDArray[np.float32]], spec: AudioSpec) -> NDArray[np
     heard = np.zeros((len(waves), 1, spec.frames), dtype=np.float32)
     for row, wave in enumerate(waves):
         heard[row, 0, : max(1, math.ceil(len(wave) / spec.hop))] = 1
-    with torch.no_grad():
-        power = _mel(spec)(torch.from_numpy(padded))[..., : spec.frames]
-        level = torch.log10(power + 1e-6).numpy()
+    level = np.log10(_power(padded, spec) + 1e-6)
     level = np.pad(level, ((0, 0), (0, 0), (0, spec.frames - level.shape[-1])))
     over: tuple[int, ...] = (1, 2)
     if spec.coefficients:
-        basis = load_torchaudio().functional.create_dct(spec.coefficients, spec.bands, "ortho")
-        level, over = np.einsum("bmt,mk->bkt", level, basis.numpy()), (2,)
+        level, over = _cosines(spec) @ level, (2,)
     count = np.broadcast_to(heard, level.shape).sum(over, keepdims=True)
     centred = (level - (level * heard).sum(over, keepdims=True) / count) * heard
     spread = np.sqrt((centred**2).sum(over, keepdims=True) / count)
@@ -219,29 +214,66 @@ def _wav_cut_off(data: bytes) -> bool:
     return True
 
 
+def _resampled(wave: NDArray[np.float32], source: int, target: int) -> NDArray[np.float32]:
+    import torch  # for other rates only: most sounds are read without it
+
+    found: NDArray[np.float32] = _resampler(source, target)(torch.from_numpy(wave)).numpy()
+    return found
+
+
 @lru_cache(maxsize=16)
 def _resampler(source: int, target: int) -> Any:
+    from fedfuse.torchaudio_compat import load_torchaudio
+
     # The kernel grows with both terms of the ratio: 44101 to 8000 Hz would take a gigabyte. A
     # nearby ratio of small terms changes the pitch by less than one part in a thousand.
     ratio = Fraction(target, source).limit_denominator(2000)
     return load_torchaudio().transforms.Resample(ratio.denominator, max(1, ratio.numerator))
 
 
+def _power(padded: NDArray[np.float32], spec: AudioSpec) -> NDArray[np.float32]:
+    """(B, samples) to (B, bands, T): the mel power spectra of the first T <= spec.frames frames,
+    of which frame t is centred at t * spec.hop. What torchaudio's MelSpectrogram gives,
+    normalized by the window, without loading it."""
+    window, filters = _window(spec), _filters(spec)
+    around = np.pad(padded, ((0, 0), (len(window) // 2, len(window) // 2)))
+    frames = sliding_window_view(around, len(window), axis=1)[:, :: spec.hop][:, : spec.frames]
+    spectra = np.fft.rfft(frames * window)
+    return np.swapaxes((spectra.real**2 + spectra.imag**2) @ filters, 1, 2)
+
+
 @lru_cache(maxsize=16)
-def _mel(spec: AudioSpec) -> Any:
-    window = max(16, round(WINDOW_S * spec.rate))
-    n_fft = 1 << (window - 1).bit_length()
+def _window(spec: AudioSpec) -> NDArray[np.float32]:
+    """(n_fft,) Hann's, of energy 1, in the middle of zeros."""
+    length = max(16, round(WINDOW_S * spec.rate))
+    n_fft = 1 << (length - 1).bit_length()
     while spec.rate / n_fft > _narrowest_band(spec) and n_fft < 1 << 15:
         n_fft *= 2  # otherwise the lowest mel bands would hold no frequency at all
-    return load_torchaudio().transforms.MelSpectrogram(
-        sample_rate=spec.rate,
-        n_fft=n_fft,
-        win_length=window,
-        hop_length=spec.hop,
-        n_mels=spec.bands,
-        normalized=True,
-        pad_mode="constant",
-    )
+    hann = np.sin(np.pi * np.arange(length) / length) ** 2
+    left = (n_fft - length) // 2
+    hann = np.pad(hann / np.linalg.norm(hann), (left, n_fft - length - left))
+    return hann.astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _filters(spec: AudioSpec) -> NDArray[np.float32]:
+    """(n_fft / 2 + 1, bands): triangles, evenly over the mel scale m = 2595 log10(1 + f / 700)
+    from 0 to half the rate (O'Shaughnessy 1987), as torchaudio's melscale_fbanks makes them."""
+    top = spec.rate // 2
+    edges = 700 * ((1 + top / 700) ** np.linspace(0, 1, spec.bands + 2) - 1)
+    at = np.linspace(0, top, len(_window(spec)) // 2 + 1)[:, None]
+    rising = (at - edges[:-2]) / np.diff(edges)[:-1]
+    falling = (edges[2:] - at) / np.diff(edges)[1:]
+    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _cosines(spec: AudioSpec) -> NDArray[np.float32]:
+    """(coefficients, bands): the orthogonal DCT-II."""
+    angles = np.arange(spec.coefficients)[:, None] * (np.arange(spec.bands) + 0.5)
+    cosines = np.cos(np.pi / spec.bands * angles) * math.sqrt(2 / spec.bands)
+    cosines[0] /= math.sqrt(2)
+    return cosines.astype(np.float32)
 
 
 def _narrowest_band(spec: AudioSpec) -> float:

@@ -6,15 +6,16 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedfuse.batch import Batch, Modality, Schema
 from fedfuse.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Column", "Dataset", "Rows"]
 
@@ -145,7 +146,7 @@ class Dataset:
         for modality in self.schema.modalities:
             values, seen = self._gather(modality, own)
             inputs[modality.name], present[modality.name] = values, seen
-        return Batch(inputs, present, torch.from_numpy(np.ascontiguousarray(self._target[own])))
+        return Batch(inputs, present, _as_is(np.ascontiguousarray(self._target[own])))
 
     def save(self, folder: Path) -> None:
         """Writes the view's records into `folder` as .npy columns and the schema."""
@@ -200,16 +201,23 @@ class Dataset:
         values = np.zeros((len(own), *column.values.shape[1:]), dtype=column.values.dtype)
         if seen.any():
             values[seen] = column.values[index[seen]]
-        return _tensor(values), torch.from_numpy(seen)
+        return _tensor(values), _as_is(seen)
 
 
 def _tensor(values: NDArray[np.generic]) -> Tensor:
     """Stored values as the model takes them."""
     if values.dtype.kind == "i":
-        return torch.from_numpy(values.astype(np.int64))
+        return _as_is(values.astype(np.int64))
     if values.dtype == np.uint8:
-        return torch.from_numpy(values.astype(np.float32)).div_(255)  # stored as bytes
-    return torch.from_numpy(values.astype(np.float32))
+        return _as_is(values.astype(np.float32)).div_(255)  # stored as bytes
+    return _as_is(values.astype(np.float32))
+
+
+def _as_is(values: NDArray[Any]) -> Tensor:
+    """The same memory. Torch is loaded here: records are decoded and stored without it."""
+    import torch
+
+    return torch.from_numpy(values)
 
 
 def _reopen(folder: Path, rows: Rows, absent: frozenset[str]) -> Dataset:

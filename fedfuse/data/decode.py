@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -170,9 +171,12 @@ def _read_all(
 ) -> list[Read | DataError]:
     """What each of `keys` holds. Large files by several threads, as most decoders release the GIL;
     with small ones threads only wait for each other."""
-    began = time.perf_counter()
-    results = [read(key) for key in keys[:_FEW]]
-    if time.perf_counter() - began > _FEW * _LONG_S:
+    results, shortest = [], math.inf  # the first of all may load a library
+    for key in keys[:_FEW]:
+        began = time.perf_counter()
+        results.append(read(key))
+        shortest = min(shortest, time.perf_counter() - began)
+    if shortest > _LONG_S:
         return results + list(pool.map(read, keys[_FEW:]))
     return results + [read(key) for key in keys[_FEW:]]
 

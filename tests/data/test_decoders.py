@@ -112,6 +112,20 @@ def test_log_mel_is_on_its_own_scale_and_finds_the_pitch() -> None:
     assert log_mel([], SOUND).shape == (0, 40, 32)
 
 
+@pytest.mark.parametrize(("rate", "bands"), [(8000, 40), (11025, 128), (44100, 8)])
+def test_spectra_are_those_of_torchaudio(rate: int, bands: int) -> None:
+    spec = AudioSpec(rate=rate, seconds=0.3, bands=bands, frames=20)
+    waves = np.random.default_rng(0).standard_normal((2, spec.samples)).astype(np.float32)
+    fft = {8000: 256, 11025: 1024, 44100: 2048}[rate]  # no band without a frequency
+    mel = load_torchaudio().transforms.MelSpectrogram(
+        rate, fft, round(rate * 0.032), spec.hop, n_mels=bands, normalized=True, pad_mode="constant"
+    )
+    level = np.log10(mel(torch.from_numpy(waves))[..., :20].numpy() + 1e-6)
+    spread = level.std((1, 2), keepdims=True) + 1e-3
+    expected = (level - level.mean((1, 2), keepdims=True)) / spread
+    np.testing.assert_allclose(log_mel(list(waves), spec), expected, atol=1e-4)
+
+
 def test_silence_after_a_short_sound_is_zero_and_does_not_shift_it() -> None:
     noise = np.random.default_rng(0).standard_normal(4000).astype(np.float32)
     short, alone = log_mel([noise[:1000], noise], SOUND)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from flwr.app import Context, RecordDict, UserConfig
@@ -30,9 +24,9 @@ from fedfuse.federation.rounds import job_of
 from fedfuse.federation.server import make_server_app
 from fedfuse.federation.session import Session
 from fedfuse.federation.settle import masked_assumptions, settle
-from fedfuse.federation.store import Stored, store, store_apart
+from fedfuse.federation.store import Stored, storing
 from fedfuse.federation.summary import summarise
-from fedfuse.federation.warm import one_thread, warm_up
+from fedfuse.federation.warm import warm_up
 from fedfuse.privacy.advice import NOISE_LIMIT
 from fedfuse.privacy.planner import Terms
 from fedfuse.privacy.spec import Event, Unit
@@ -51,7 +45,8 @@ def simulate(
     ledgers: Path | None = None,
     verbose: bool = False,
     conduct: Callable[[Session, Path], None] | None = None,
-    load: Callable[[], object] | None = None,
+    stored: Callable[[], Stored] | None = None,
+    load: Callable[[], object] = warm_up,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs `config` with simulated nodes into the folder `out`; the summary, as written there.
@@ -66,7 +61,8 @@ def simulate(
     same. `resume` goes on from there, with the budget as it stands. `ledgers`: a folder with a
     ledger for each node, made if it is not there; what other runs spent on the same records then
     counts. `conduct` runs the rounds, with the data in a store, in the place of the engine.
-    `load` is called while the data is decoded by a copy of this process, if it has one thread.
+    `stored` gives the data where `storing` has begun to decode it already; with the loopback engine
+    `load` is called before, and loads what workers need.
     `meanwhile` is called by a thread while the first round runs: what the caller needs afterwards.
 
     Raises a FedfuseError that says what is wrong; the folder then holds the rounds done.
@@ -76,21 +72,24 @@ def simulate(
     if ledgers is not None:
         check_ledgers(ledgers, config)
     loopback = config.federation.engine == "loopback"
-    _sweep()
-    with _terminable(), tempfile.TemporaryDirectory(prefix=f"fedfuse-{os.getpid()}-") as temporary:
-        stored = _stored(config, Path(temporary), load, fingerprints=ledgers is not None)
-        names = stored.names
+    with ExitStack() as stack:
+        if loopback:
+            load()
+        if stored is None:
+            stored = stack.enter_context(storing(config, fingerprints=ledgers is not None))
+        data = stored()
+        names = data.names
         settled = settle(
             config,
-            mean_records=sum(stored.sizes) / len(names),
-            mean_subjects=stored.subjects / len(names),
+            mean_records=sum(data.sizes) / len(names),
+            mean_subjects=data.subjects / len(names),
         )
         roster = None
         assumptions = settled.assumptions
         if config.federation.secure_aggregation:
             roster = Roster.drawn(names)
             assumptions += masked_assumptions(config, len(names))
-        notes = stored.notes
+        notes = data.notes
         books = open_ledgers(ledgers, names) if ledgers is not None else ()
         folder = RunFolder.create(out, config, resume=resume)
         with quiet(folder.log, verbose=verbose or conduct is not None):
@@ -99,10 +98,10 @@ def simulate(
                 config=settled.config,
                 mechanism=settled.mechanism,
                 folder=folder,
-                schema=stored.schema,
-                test=open_split(stored.folder, "test"),
-                valid=open_split(stored.folder, "valid") if stored.has_valid else None,
-                reading=stored.reading,
+                schema=data.schema,
+                test=open_split(data.folder, "test"),
+                valid=open_split(data.folder, "valid") if data.has_valid else None,
+                reading=data.reading,
                 observer=observer,
                 nodes=names,
                 last=config.train.rounds,
@@ -112,7 +111,7 @@ def simulate(
             if resume:
                 notes += session.resume()
             notes += session.remarks + _hopeless(session)
-            session.featured(open_split(stored.folder, "train"))  # once here, not in each worker
+            session.featured(open_split(data.folder, "train"))  # once here, not in each worker
             observer.prepared(
                 session.info(
                     engine=config.federation.engine,
@@ -125,9 +124,9 @@ def simulate(
             status, problem, ahead = "finished", "", Ahead(session, meanwhile)
             try:
                 if conduct is not None:
-                    conduct(session, stored.folder)
+                    conduct(session, data.folder)
                 else:
-                    _run(session, stored.folder, books, roster, verbose=verbose)
+                    _run(session, data.folder, books, roster, verbose=verbose)
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt)
                 if not interrupted or session.done < session.last:
@@ -145,20 +144,10 @@ def simulate(
                     problem=problem,
                     assumptions=assumptions,
                     notes=notes,
-                    fingerprint=stored.fingerprint,
+                    fingerprint=data.fingerprint,
                 )
                 folder.write_summary(summary)
         return summary
-
-
-def _stored(
-    config: RunConfig, temporary: Path, load: Callable[[], object] | None, *, fingerprints: bool
-) -> Stored:
-    if load is not None and one_thread():
-        return store_apart(config, temporary, load, fingerprints=fingerprints)
-    if config.federation.engine == "loopback":
-        warm_up()
-    return store(config, temporary, fingerprints=fingerprints)
 
 
 def _run(
@@ -260,42 +249,3 @@ def _hopeless(session: Session) -> tuple[str, ...]:
         "little or nothing is learned; more units or nodes, fewer parameters or a larger epsilon "
         "would help",
     )
-
-
-def _sweep() -> None:
-    """Removes decoded data that a run left behind when it was killed outright."""
-    for folder in Path(tempfile.gettempdir()).glob("fedfuse-*-*"):
-        number = folder.name.split("-")[1]
-        try:
-            ours = folder.stat().st_uid == os.getuid()
-        except OSError:  # another run has just removed it
-            continue
-        if ours and number.isdigit() and not _runs(int(number)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, so that no decoded record stays behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,7 @@
 """The data of a run: decoded once, into a folder that the server and all workers map from then on.
 
-A copy of this process can do it, while this one loads what comes next; the decoded records then
-never lie in this process's own memory.
+A copy of this process can do it, begun before anything large is loaded; the decoded records then
+never lie in this process's own memory. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 
@@ -26,9 +31,10 @@ from fedfuse.data.prepare import Prepared, prepare
 from fedfuse.data.reading import Reading
 from fedfuse.errors import FederationError, FedfuseError, PrivacyError
 from fedfuse.federation.tether import end_with
+from fedfuse.federation.warm import one_thread
 from fedfuse.privacy.spec import Unit
 
-__all__ = ["Stored", "store", "store_apart"]
+__all__ = ["Stored", "store", "store_apart", "storing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +85,33 @@ def store(config: RunConfig, temporary: Path, *, fingerprints: bool) -> Stored:
     )
 
 
-def store_apart(
-    config: RunConfig, temporary: Path, load: Callable[[], object], *, fingerprints: bool
-) -> Stored:
-    """`store`, by a copy of this process, which must have one thread; `load` is called meanwhile.
+@contextmanager
+def storing(
+    config: RunConfig, *, fingerprints: bool, apart: bool = False
+) -> Iterator[Callable[[], Stored]]:
+    """`store` in a private temporary folder that is removed in the end, also on SIGTERM, which is
+    a KeyboardInterrupt inside. Gives what is to be called once, for what is known of the data.
 
-    Raises what `store` raises, and FederationError where the copy was killed.
+    apart  a copy of this process begins at once, where this one has one thread
+    """
+    _sweep()
+    with _terminable(), tempfile.TemporaryDirectory(prefix=f"fedfuse-{os.getpid()}-") as name:
+        temporary = Path(name)
+        if apart and one_thread():
+            with store_apart(config, temporary, fingerprints=fingerprints) as stored:
+                yield stored
+        else:
+            yield lambda: store(config, temporary, fingerprints=fingerprints)
+
+
+@contextmanager
+def store_apart(
+    config: RunConfig, temporary: Path, *, fingerprints: bool
+) -> Iterator[Callable[[], Stored]]:
+    """`store`, begun by a copy of this process, which must have one thread; gives what waits for
+    the end of it. The copy ends with the context, whatever it is at.
+
+    What waits raises what `store` raises, and FederationError where the copy was killed.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -92,24 +119,28 @@ def store_apart(
     copy = context.Process(target=_work, args=(os.getpid(), there, config, temporary, fingerprints))
     copy.start()
     there.close()
+
+    def stored() -> Stored:
+        try:
+            found = here.recv()
+        except EOFError:
+            copy.join()
+            raise FederationError(
+                f"the process that decodes the data was ended (exit code {copy.exitcode})",
+                where="data.manifest",
+                hint="was there too little memory? dmesg tells",
+            ) from None
+        if isinstance(found, BaseException):
+            raise found
+        assert isinstance(found, Stored)
+        return found
+
     try:
-        load()
-        found = here.recv()
-    except EOFError:
-        copy.join()
-        raise FederationError(
-            f"the process that decodes the data was ended (exit code {copy.exitcode})",
-            where="data.manifest",
-            hint="was there too little memory? dmesg tells",
-        ) from None
+        yield stored
     finally:
         copy.kill()
         copy.join()
         here.close()
-    if isinstance(found, BaseException):
-        raise found
-    assert isinstance(found, Stored)
-    return found
 
 
 def _work(
@@ -162,3 +193,42 @@ def _subjects(prepared: Prepared, config: RunConfig) -> int:
             hint='take data.partition = "client", with each subject at one client',
         )
     return total
+
+
+def _sweep() -> None:
+    """Removes decoded data that a run left behind when it was killed outright."""
+    for folder in Path(tempfile.gettempdir()).glob("fedfuse-*-*"):
+        number = folder.name.split("-")[1]
+        try:
+            ours = folder.stat().st_uid == os.getuid()
+        except OSError:  # another run has just removed it
+            continue
+        if ours and number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, so that no decoded record stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

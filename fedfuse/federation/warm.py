@@ -61,7 +61,6 @@ def copy_of_this() -> bool:
         return False
     _check_temporary()
     multiprocessing.get_context("forkserver").set_forkserver_preload([])
-    gc.collect()
     gc.freeze()  # a collection would write to every object, and so copy the memory they share
     resource_tracker.ensure_running()  # a small process of its own
     with _forking():

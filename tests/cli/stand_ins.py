@@ -10,6 +10,7 @@ from typing import Any
 
 from fedfuse.config import RunConfig
 from fedfuse.federation.observer import RoundRecord, RunInfo
+from fedfuse.federation.store import Stored
 
 
 @dataclass
@@ -38,7 +39,8 @@ class Fake:
         observer: Any,
         resume: bool = False,
         ledgers: Path | None = None,
-        load: Callable[[], object] | None,
+        stored: Callable[[], Stored],
+        load: Callable[[], object],
         meanwhile: Callable[[], None],
     ) -> dict[str, Any]:
         meanwhile()

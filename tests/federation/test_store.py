@@ -16,18 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from fedfuse.config import RunConfig
 from fedfuse.errors import DataError, FederationError
-from fedfuse.federation.store import store, store_apart
+from fedfuse.federation.store import store, store_apart, storing
 
 folder, manifest = Path(sys.argv[1]), sys.argv[2]
 config = RunConfig().with_values({"data.manifest": manifest})
 
-def load():
-    loaded.append(len(multiprocessing.active_children()))
-
-loaded = []
 (folder / "here").mkdir(), (folder / "there").mkdir()
-there = store_apart(config, folder / "there", load, fingerprints=True)
-assert loaded == [1]
+with store_apart(config, folder / "there", fingerprints=True) as stored:
+    assert len(multiprocessing.active_children()) == 1
+    there = stored()
 assert not multiprocessing.active_children()
 here = store(config, folder / "here", fingerprints=True)
 assert replace(here, folder=there.folder) == there
@@ -35,18 +32,27 @@ files = sorted(p.relative_to(here.folder) for p in here.folder.rglob("*") if p.i
 assert len(files) > 10
 for file in files:
     assert (here.folder / file).read_bytes() == (there.folder / file).read_bytes(), file
+for apart in (True, False):
+    with storing(config, fingerprints=True, apart=apart) as stored:
+        found = stored()
+        assert replace(found, folder=here.folder) == here
+        assert found.folder.is_dir()
+    assert not found.folder.parent.exists()
+assert "torch" not in sys.modules
 
 def killed():
     multiprocessing.active_children()[0].kill()
 
-for problem, manifest, load in (
-    (DataError, manifest + ".no", load),
+for problem, manifest, meanwhile in (
+    (DataError, manifest + ".no", lambda: None),
     (FederationError, manifest, killed),
     (ZeroDivisionError, manifest, lambda: 1 / 0),
 ):
+    wrong = config.with_values({"data.manifest": manifest})
     try:
-        wrong = config.with_values({"data.manifest": manifest})
-        store_apart(wrong, folder / "there", load, fingerprints=False)
+        with store_apart(wrong, folder / "there", fingerprints=False) as stored:
+            meanwhile()
+            stored()
     except Exception as error:
         assert type(error) is problem, error
         print(str(error).splitlines()[0])
@@ -59,10 +65,10 @@ def test_a_copy_stores_the_same_and_tells_what_is_wrong(tmp_path: Path) -> None:
     words = [sys.executable, "-c", _SAME, str(tmp_path), str(manifest)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    missing, killed, by_load = done.stdout.splitlines()
+    missing, killed, meanwhile = done.stdout.splitlines()
     assert missing.startswith(f"{manifest}.no: ")
     assert killed == ("data.manifest: the process that decodes the data was ended (exit code -9)")
-    assert by_load == "division by zero"
+    assert meanwhile == "division by zero"
 
 
 _KILLED = """
@@ -71,7 +77,8 @@ from pathlib import Path
 from fedfuse.config import RunConfig
 from fedfuse.federation.store import store_apart
 
-def load():
+config = RunConfig().with_values({"data.manifest": sys.argv[2]})
+with store_apart(config, Path(sys.argv[1]), fingerprints=False):
     (copy,) = multiprocessing.active_children()
     while True:  # until it ignores Ctrl-C, which it does when it is tied to this process
         lines = Path(f"/proc/{copy.pid}/status").read_text().splitlines()
@@ -81,9 +88,6 @@ def load():
     os.kill(copy.pid, signal.SIGSTOP)
     Path(sys.argv[1], "pid").write_text(str(copy.pid))
     os.kill(os.getpid(), signal.SIGKILL)
-
-config = RunConfig().with_values({"data.manifest": sys.argv[2]})
-store_apart(config, Path(sys.argv[1]), load, fingerprints=False)
 """
 
 

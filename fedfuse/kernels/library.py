@@ -38,7 +38,7 @@ def _found(source: str) -> tuple[ctypes.CDLL | None, str]:
     if said.decode() != expected:
         return (
             None,
-            "compiled from another source; python -m fedfuse.kernels.compiling does it anew",
+            "compiled from another source; python -m fedfuse.kernels.compiling mends it",
         )
     return found, ""
 

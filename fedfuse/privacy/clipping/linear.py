@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
 from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
@@ -38,6 +39,17 @@ class LinearLayer(Layer):
         if self.alone and gram_is_cheaper(T, d, p, T * (d + p)):
             book.enter(LinearEntry(place, a, g), live)
             return
+        if self.alone and T > 1 and products.fits(a, g):
+            # What stands last goes into registers, many numbers at once.
+            swap = products.tiles(d, p) < products.tiles(p, d)
+            first, last = (g, a) if swap else (a, g)
+            book.write(
+                place, live, None if swap else (1, 0),
+                lambda out, to: products.outer_products(
+                    _picture(first), _picture(last), products.Windows(), out=out, to=to
+                ),
+            )  # fmt: skip
+            return
         # The longer side goes last: the product is then up to twice as fast.
         left, right, order = (a, g, (1, 0)) if p < d else (g, a, None)
         out = None
@@ -50,6 +62,11 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """(B, T, m), (B, T, n) -> (B, m, n), the sum over T."""
     left = left.transpose(1, 2)
     return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
+
+
+def _picture(x: Tensor) -> Tensor:
+    """(B, T, n) -> (B, n, 1, T): a sequence as the kernels have it."""
+    return x.transpose(1, 2).unsqueeze(2)
 
 
 def _sequence(x: Tensor) -> Tensor:
@@ -90,6 +107,8 @@ def gram_squares(a: Tensor, g: Tensor) -> Tensor:
     """
     if a.shape[1] == 1:
         return a.square().sum((1, 2)).mul_(g.square().sum((1, 2)))
+    if products.fits(a, g):
+        return products.gram_squares(_picture(a), _picture(g), products.Windows())
     aa = torch.bmm(a, a.transpose(1, 2))
     gg = torch.bmm(g, g.transpose(1, 2))
     reach = (aa.diagonal(dim1=1, dim2=2) * gg.diagonal(dim1=1, dim2=2)).clamp_(min=0).sqrt_()

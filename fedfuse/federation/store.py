@@ -31,7 +31,7 @@ from fedfuse.data.prepare import Prepared, prepare
 from fedfuse.data.reading import Reading
 from fedfuse.errors import FederationError, FedfuseError, PrivacyError
 from fedfuse.federation.tether import end_with
-from fedfuse.federation.warm import one_thread
+from fedfuse.federation.warm import one_thread, uninterrupted
 from fedfuse.privacy.spec import Unit
 
 __all__ = ["Stored", "store", "store_apart", "storing"]
@@ -117,8 +117,6 @@ def store_apart(
     here, there = context.Pipe(duplex=False)
     gc.freeze()  # a collection would write to every object, and so copy the memory they share
     copy = context.Process(target=_work, args=(os.getpid(), there, config, temporary, fingerprints))
-    copy.start()
-    there.close()
 
     def stored() -> Stored:
         try:
@@ -136,10 +134,14 @@ def store_apart(
         return found
 
     try:
+        with uninterrupted():
+            copy.start()
+        there.close()
         yield stored
     finally:
-        copy.kill()
-        copy.join()
+        if copy.pid is not None:
+            copy.kill()
+            copy.join()
         here.close()
 
 
@@ -150,6 +152,7 @@ def _work(
     end_with(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what is to be left
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     keep_freed_memory()
     try:
         found: object = store(config, temporary, fingerprints=fingerprints)

@@ -14,6 +14,7 @@ import gc
 import multiprocessing
 import multiprocessing.util
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from typing import Any
 
 from fedfuse.errors import FederationError
 
-__all__ = ["context", "copy_of_this", "one_thread", "warm_up"]
+__all__ = ["context", "copy_of_this", "one_thread", "uninterrupted", "warm_up"]
 
 _SOCKET = len("/listener-12345678")
 _LONGEST = 107
@@ -52,6 +53,17 @@ def warm_up() -> None:
 def one_thread() -> bool:
     """Whether this process has one thread, so that a copy of it inherits no lock that is held."""
     return len(list(Path("/proc/self/task").glob("*"))) == 1
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """For a fork: SIGINT and SIGTERM wait until the end. Python's hooks around a fork would lose
+    what is raised then, and leave the lock of `logging` shut: whoever logs next waits for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def copy_of_this() -> bool:
@@ -87,7 +99,8 @@ def _forking() -> Iterator[None]:
     def fork(_: object, words: Sequence[str], kept: Sequence[int]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        with uninterrupted():
+            pid = os.fork()
         if pid:
             return pid
         status = 1

@@ -177,8 +177,11 @@ def _load_workers(config: RunConfig) -> None:
     the accountant is known: they ask the same."""
     from fedfuse.federation.settle import settle
     from fedfuse.federation.warm import copy_of_this, warm_up
+    from fedfuse.undocumented import undocumented
 
-    settle(config, mean_records=1.0, mean_subjects=1.0)  # sigma rests on no node's size
+    if config.private:
+        with undocumented():
+            settle(config, mean_records=1.0, mean_subjects=1.0)  # sigma rests on no node's size
     if not copy_of_this():
         warm_up()
 

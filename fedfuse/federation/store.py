@@ -128,6 +128,7 @@ def store_apart(
                 where="data.manifest",
                 hint="was there too little memory? dmesg tells",
             ) from None
+        copy.join()
         if isinstance(found, BaseException):
             raise found
         assert isinstance(found, Stored)

@@ -166,9 +166,9 @@ def test_variation_touches_neither_sampling_nor_noise(monkeypatch: pytest.Monkey
     purposes: list[str] = []
 
     class Watched(NoiseStream):
-        def __init__(self, secret: bytes, purpose: str, *, threads: int = 1) -> None:
+        def __init__(self, secret: bytes, purpose: str, **more: int) -> None:
             purposes.append(purpose)
-            super().__init__(secret, purpose, threads=threads)
+            super().__init__(secret, purpose, **more)
 
     monkeypatch.setattr(train, "NoiseStream", Watched)
     found = []

@@ -76,7 +76,7 @@ class NoiseStream:
     """Uniform and normal numbers from one secret, for one purpose ("sampling", "noise").
 
     threads  make the normals together when they are asked for; idle: cores that nothing else uses
-             meanwhile, on which they can be made ahead. The numbers are the same, whatever both are
+             meanwhile, on which `make_ahead` can work. The numbers are the same, whatever both are
 
     Why no number is given out twice: a number follows from the key and from its place in the key
     stream, and whoever asks is given the next place. That place only grows, and moves before a
@@ -84,7 +84,8 @@ class NoiseStream:
     deviation that it was made for, so only the call that would have made it right then finds it,
     and takes it out before it adds it. So a step that breaks off before its noise is added leaves
     behind numbers that are in no sum yet; one that breaks off while it is added has used them up;
-    and two steps on one stream have two places, whichever was begun first.
+    and two steps on one stream have two places, whichever was begun first. Not covered: copies of
+    a stream, by fork or otherwise, which would give the same numbers; nothing here makes one.
     """
 
     def __init__(self, secret: bytes, purpose: str, *, threads: int = 1, idle: int = 0) -> None:
@@ -118,8 +119,9 @@ class NoiseStream:
         drawn by one call before it.
 
         Returns at once. Does nothing for few `values`, nor where all cores have work: for values on
-        a GPU one thread at least is free, else as many as are `idle`. Takes 8 bytes a value, kept
-        for the next time; after `add_normal` they hold the noisy sum, no noise.
+        a GPU one thread at least is free, else as many as are `idle`. Takes 8 bytes a value. They
+        are kept for the next time, and hold the noisy sum once `add_normal` has used them; beside
+        a GPU they are pinned, and go back to torch, which hands them out again.
         """
         on_gpu = values.device.type == "cuda"
         helpers = max(self._idle, self._threads - 1, 1) if on_gpu else self._idle

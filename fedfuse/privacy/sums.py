@@ -40,7 +40,10 @@ class Sums:
             block.zero_()
 
     def make_noise(self, stream: NoiseStream, std: float, *, after: int = 0) -> None:
-        """Lets `stream` make ahead what `add_noise` will add, once `after` normals are drawn."""
+        """Lets `stream` make ahead what `add_noise` will add, once `after` normals are drawn.
+
+        Does nothing where parameters are of several dtypes or devices.
+        """
         if len(self.blocks) == 1:
             stream.make_ahead(self.blocks[0], std, after=after)
 

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from fedfuse.kernels.library import library
 
-__all__ = ["Windows", "fits", "gram_squares", "outer_products", "tiles"]
+__all__ = ["LONG", "Windows", "add_weighted", "fits", "gram_squares", "outer_products", "tiles"]
+
+LONG = 8
+"""Places from which `add_weighted` is worth it: it fetches and stores its sum for each record."""
 
 _WORTH_SHARING = 1 << 22
 """Multiplications from which several threads are asked; handing over takes some 50 microseconds."""
@@ -42,6 +45,16 @@ _SIZES = (
 
 class _Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in _SIZES]
+
+
+class _Pairs(ctypes.Structure):
+    _fields_ = [
+        ("shape", ctypes.POINTER(_Shape)),
+        ("records", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("g", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+    ]
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -75,43 +88,60 @@ def outer_products(
     Raises MemoryError.
     """
     assert out.stride(1) == 1
-    squares = torch.empty(len(g), dtype=torch.float64)
-    shape = _shape(x, g, windows)
+    squares = torch.empty(len(g))
 
-    def some(start: int, stop: int) -> int:
-        return int(
-            _call("outer")(
-                shape, stop - start, *_from(start, x, rows), g[start:].data_ptr(),
-                *_from(start, out, to), out.stride(0), squares[start:].data_ptr(),
-            )
-        )  # fmt: skip
+    def some(pairs: _Pairs, start: int) -> int:
+        base, numbers = _from(start, out, to)
+        return int(_call("outer")(pairs, base, numbers, out.stride(0), squares[start:].data_ptr()))
 
-    _shared(some, len(g), g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1])
-    return squares.float()
+    _shared(some, x, g, windows, rows)
+    return squares
+
+
+def add_weighted(
+    x: Tensor,
+    g: Tensor,
+    windows: Windows,
+    *,
+    factors: Tensor,
+    out: Tensor,
+    rows: Tensor | None = None,
+) -> None:
+    """Adds to `out` the sum of factor times gradient, as `outer_products` would write those.
+
+    factors  (n,); a record with factor 0 adds nothing, whatever its numbers are
+    out      (kernel height * kernel width * C * O,), side by side
+
+    Raises MemoryError.
+    """
+    assert out.is_contiguous()
+    factors = factors.contiguous()
+    sums = [out]
+
+    def some(pairs: _Pairs, start: int) -> int:
+        mine = out if start == 0 else torch.zeros_like(out)
+        failed = int(_call("weighted")(pairs, factors[start:].data_ptr(), mine.data_ptr()))
+        if start:
+            sums.append(mine)
+        return failed
+
+    _shared(some, x, g, windows, rows)
+    for other in sums[1:]:
+        out += other
 
 
 def gram_squares(x: Tensor, g: Tensor, windows: Windows, *, rows: Tensor | None = None) -> Tensor:
     """(n,) squared norms of what `outer_products` would write, rounded up, never down.
 
-    Where terms cancel, rounding could make a sum too small: it is raised by what rounding can do.
     Raises MemoryError.
     """
-    squares, reach = torch.empty((2, len(g)), dtype=torch.float64)
-    shape = _shape(x, g, windows)
+    squares = torch.empty(len(g))
 
-    def some(start: int, stop: int) -> int:
-        return int(
-            _call("gram")(
-                shape, stop - start, *_from(start, x, rows), g[start:].data_ptr(),
-                squares[start:].data_ptr(), reach[start:].data_ptr(),
-            )
-        )  # fmt: skip
+    def some(pairs: _Pairs, start: int) -> int:
+        return int(_call("gram")(pairs, squares[start:].data_ptr()))
 
-    places = shape.out_height * shape.out_width
-    _shared(some, len(g), g.numel() * places)
-    slack = reach.square_().mul_(torch.finfo(torch.float32).eps / 2)
-    raised: Tensor = squares.add_(slack).clamp_(min=0).float()
-    return raised
+    _shared(some, x, g, windows, rows)
+    return squares
 
 
 def _shape(x: Tensor, g: Tensor, windows: Windows) -> _Shape:
@@ -131,23 +161,33 @@ def _from(start: int, data: Tensor, rows: Tensor | None) -> tuple[int, int | Non
     return data.data_ptr(), rows[start:].data_ptr()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _call(name: str) -> Any:
     kernel = getattr(library("products"), name)
-    many, at = ctypes.c_int64, ctypes.c_void_p
-    rest = [at, at, at, many, at] if name == "outer" else [at, at, at]
-    kernel.argtypes = [ctypes.POINTER(_Shape), many, at, at, *rest]
+    at = ctypes.c_void_p
+    rest = {"outer": [at, at, ctypes.c_int64, at], "weighted": [at, at], "gram": [at]}[name]
+    kernel.argtypes = [ctypes.POINTER(_Pairs), *rest]
     return kernel
 
 
-def _shared(some: Callable[[int, int], int], records: int, work: int) -> None:
-    """Runs `some(start, stop)` over all records, by torch's number of threads where it pays."""
-    threads = min(torch.get_num_threads(), records)
+def _shared(
+    some: Callable[[_Pairs, int], int], x: Tensor, g: Tensor, windows: Windows, rows: Tensor | None
+) -> None:
+    """Runs `some(records from start on, start)` for all, by several threads where it pays."""
+    shape = _shape(x, g, windows)
+
+    def run(start: int, stop: int) -> int:
+        base, numbers = _from(start, x, rows)
+        pairs = _Pairs(ctypes.pointer(shape), stop - start, base, g[start:].data_ptr(), numbers)
+        return some(pairs, start)
+
+    threads = min(torch.get_num_threads(), len(g))
+    work = g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1]
     if threads < 2 or work < _WORTH_SHARING:
-        failed = some(0, records)
+        failed = run(0, len(g))
     else:
-        ends = [records * i // threads for i in range(threads + 1)]
-        failed = max(_pool(os.getpid(), threads).map(some, ends[:-1], ends[1:]))
+        ends = [len(g) * i // threads for i in range(threads + 1)]
+        failed = max(_pool(os.getpid(), threads).map(run, ends[:-1], ends[1:]))
     if failed:
         raise MemoryError("no memory for the products of a layer's input and gradient")
 

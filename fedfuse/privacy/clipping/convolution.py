@@ -79,10 +79,8 @@ class ConvLayer(Layer):
         self, book: Book, place: int, windows: products.Windows, x: Tensor, g: Tensor,
         live: Tensor | None,
     ) -> None:  # fmt: skip
-        dims = g.dim() - 2
-        order = (dims + 1, dims, *range(dims))  # of (kernel, C, O)
         book.write(
-            place, live, order,
+            place, live, _order(g.dim() - 2),
             lambda out, to: products.outer_products(
                 _picture(x), _picture(g), windows, out=out, rows=live, to=to
             ),
@@ -151,6 +149,16 @@ class ConvEntry:
         return torch.cat(found) if found else g.new_zeros(0)
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
+        windows = self.layer.windows(self.x, self.g)
+        if windows is not None and self.g[0].numel() >= products.LONG * self.g.shape[1]:
+            total = torch.zeros_like(out).view(-1)
+            x, g = _picture(self.x), _picture(self.g)
+            products.add_weighted(x, g, windows, factors=factors, out=total, rows=self.live)
+            order = _order(out.dim() - 2)
+            out.add_(
+                total.view([out.shape[order.index(i)] for i in range(out.dim())]).permute(order)
+            )
+            return
         x, g = self._x(), self.g
         extra = (1,) * (x.dim() - 1)
         if broken is not None:
@@ -182,6 +190,11 @@ def _two(sizes: Any, one: int) -> tuple[int, int]:
     """Height and width; of a convolution over time, which is `one` high, time is the width."""
     height, width = (one, *sizes) if len(sizes) == 1 else sizes
     return int(height), int(width)
+
+
+def _order(dims: int) -> tuple[int, ...]:
+    """How (kernel, C, O), as the kernels write it, is permuted to (O, C, kernel)."""
+    return (dims + 1, dims, *range(dims))
 
 
 def _picture(x: Tensor) -> Tensor:

@@ -16,6 +16,10 @@ from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
 __all__ = ["LinearEntry", "LinearLayer", "gram_squares", "product"]
 
 
+_COPIED = 64
+"""Multiplications in the time in which a number of a row that is left is copied out."""
+
+
 class LinearLayer(Layer):
     """``nn.Linear``, and Opacus's ``RNNLinear``."""
 
@@ -29,7 +33,7 @@ class LinearLayer(Layer):
         a, g = a.to(dtype), g.to(dtype)
         T, d, p = a.shape[1], g.shape[2], a.shape[2]
         sums = g.squeeze(1) if T == 1 else g.sum(1)
-        live = live_rows(g, sums) if T > 1 else None
+        live = live_rows(g, sums) if T > 1 and d * p > _COPIED * (d + p) else None
         if live is not None:
             a, g, sums = a[live], g[live], sums[live]
         self.emit_bias(book, sums, live)
@@ -88,6 +92,10 @@ class LinearEntry:
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         a, g = self.a, self.g
+        if a.shape[1] >= products.LONG and products.fits(a, g, factors, out):
+            x, y = _picture(g), _picture(a)
+            products.add_weighted(x, y, products.Windows(), factors=factors, out=out.view(-1))
+            return
         if broken is not None:
             a = a.masked_fill(broken[:, None, None], 0)
             g = g.masked_fill(broken[:, None, None], 0)

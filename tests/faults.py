@@ -25,6 +25,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedfuse.kernels.compiling import compile_all
+
 __all__ = ["FAULTS", "Fault", "missing", "plant", "unnoticed"]
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,7 @@ AHEAD = "tests/privacy/test_noise_ahead.py::"
 CLIPPING = "tests/privacy/test_clipping.py::"
 AUXILIARY = "tests/privacy/test_auxiliary.py::"
 COUPLED = "test_a_loss_over_the_batch_depends_on_others_and_is_refused_with_a_promise"
+KERNELS = "tests/kernels/test_products.py::"
 BOOK = "tests/privacy/test_bookkeeping.py::"
 UNITS = "tests/privacy/test_units.py::"
 NODE = "tests/federation/test_node.py::"
@@ -197,6 +200,30 @@ FAULTS = (
     ),
     Fault(
         line=4,
+        name="kernel-rounding-down",
+        file="fedfuse/kernels/products.c",
+        old="square += reached * reached * (FLT_EPSILON / 2);",
+        new="(void)reached;",
+        tests=(f"{BOOK}test_rounding_never_makes_a_norm_too_small",),
+    ),
+    Fault(
+        line=4,
+        name="kernel-half-of-a-norm",
+        file="fedfuse/kernels/products.c",
+        old="(t == u ? dot : 2 * dot)",
+        new="dot",
+        tests=(f"{KERNELS}test_gram_squares_are_the_squares_of_what_outer_products_writes",),
+    ),
+    Fault(
+        line=4,
+        name="kernel-noise-of-two-thirds",
+        file="fedfuse/kernels/normals.c",
+        old="sqrt(logarithm(u) * scale)",
+        new="(sqrt(logarithm(u) * scale) * 2 / 3)",
+        tests=(f"{NOISE}test_noise_has_the_declared_sigma",),
+    ),
+    Fault(
+        line=4,
         name="parameter-outside-its-layer",
         file="fedfuse/privacy/clipping/bookkeeping.py",
         old="            if p.grad is not None:",
@@ -242,8 +269,8 @@ FAULTS = (
         line=4,
         name="noise-of-two-thirds",
         file="fedfuse/privacy/noise.py",
-        old="radius *= -2.0 * std * std / 8.0",
-        new="radius *= -2.0 * std * std / 18.0",
+        old="scale = -2.0 * std * std / 8.0",
+        new="scale = -2.0 * std * std / 18.0",
         tests=(f"{NOISE}test_noise_has_the_declared_sigma",),
     ),
     Fault(
@@ -865,9 +892,11 @@ def missing(fault: Fault, root: Path = ROOT) -> str:
 
 
 def plant(fault: Fault, root: Path) -> None:
-    """Writes `fault` into the copy at `root`, where it can be."""
+    """Writes `fault` into the copy at `root`, where it can be, and compiles it where it is C."""
     path = root / fault.file
     path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), "utf-8")
+    if path.suffix == ".c" and (why := compile_all(path.parent)):
+        raise RuntimeError(f"{fault.name} can't be compiled: {why}")
 
 
 def unnoticed(fault: Fault) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import fedfuse
 from fedfuse.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = (".git", ".venv", "runs", "build", "dist", "__pycache__", ".*_cache", ".hypothesis")
+LEFT_OUT = (".git", ".venv", "runs", "build", "dist", "__pycache__", ".*_cache", ".hypo*", "*.so")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,10 @@ def test_the_wheel_holds_only_fedfuse(copy: Path, tmp_path: Path) -> None:
         *names
     }
     assert not [name for name in names if "test" in name or name.endswith(".pyc")]
+    compiled = {name for name in names if name.endswith(".so")}
+    assert wheel.stem.endswith("-linux_x86_64" if compiled else "-none-any")
+    if shutil.which("cc") and platform.machine() == "x86_64":
+        assert "fedfuse/kernels/products-avx512.so" in compiled
 
 
 def test_the_app_bundle_holds_only_the_two_apps(

@@ -65,6 +65,8 @@ def examine() -> Iterator[Finding]:
     )
     yield from _packages()
     yield _devices()
+    if "torch" in sys.modules:
+        yield _kernels()
     yield _audio()
     yield _memory()
     yield _disk()
@@ -137,6 +139,21 @@ def _devices() -> Finding:
         for index in range(count)
     )
     return Finding(name="devices", state="ok", found=f"{cores}, {names}")
+
+
+def _kernels() -> Finding:
+    """Whether private steps on a CPU take the compiled kernels, which are for some processors."""
+    from fedfuse.kernels.compiling import SOURCES
+    from fedfuse.kernels.library import why_not
+
+    why = next((why for source in SOURCES if (why := why_not(source))), "")
+    if not why:
+        return Finding(name="kernels", state="ok", found="compiled for this processor")
+    return Finding(
+        name="kernels",
+        state="note",
+        found=f"torch and NumPy compute everything, more slowly: {why}",
+    )
 
 
 def _audio() -> Finding:

@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedfuse.kernels.normals import add_normals
 from fedfuse.privacy.pieces import Pieces
 
 __all__ = ["NoiseStream", "round_secret"]
@@ -244,28 +245,33 @@ class _Source:
 
     def add_normals(self, values: NDArray[Any], std: float) -> None:
         """Adds normals of deviation `std` to `values` (N,), in float64."""
+        scale = -2.0 * std * std / 8.0  # an output is a sum of eight normals over sqrt(8)
         start = 0
         while start < len(values):
             eights = min(_BLOCK // 8, -(-(len(values) - start) // 14))
             part = values[start : start + 14 * eights]
-            normals = self._seven_of_eight(eights, std)[: len(part)]
-            normals += part
-            part[:] = normals
+            words = self.words(16 * eights)
+            if not add_normals(words, eights, scale, part):
+                normals = self._seven_of_eight(words, scale)[: len(part)]
+                normals += part
+                part[:] = normals
             start += len(part)
 
-    def _seven_of_eight(self, eights: int, std: float) -> NDArray[np.float64]:
-        """(14 `eights`,) normals, out of 8 `eights` complex ones."""
-        pairs = 8 * eights
-        words = self.words(2 * pairs)
+    def _seven_of_eight(self, words: NDArray[np.uint64], scale: float) -> NDArray[np.float64]:
+        """(14 n,) normals, out of 8 n complex ones, of (16 n,) words, which it uses up.
+
+        `fedfuse/kernels/normals.c` does the same.
+        """
+        pairs = len(words) // 2
+        eights = pairs // 8
         words >>= np.uint64(12)
         words |= np.uint64(0x3FF << 52)
         uniform = words.view(np.float64)  # 52 random bits, in [1, 2)
         radius, real, imaginary = self._floats[:, :pairs]
-        # Box and Muller 1958: z = sqrt(-2 log u) exp(i angle), u in (0, 1]. An output is a sum of
-        # eight over sqrt(8): that is the 1/8 in front of std^2.
+        # Box and Muller 1958: z = sqrt(-2 log u) exp(i angle), u in (0, 1].
         np.subtract(2.0, uniform[:pairs], out=radius)
         np.log(radius, out=radius)
-        radius *= -2.0 * std * std / 8.0
+        radius *= scale
         np.sqrt(radius, out=radius)
         # With t = tan(angle / 2): cos(angle) = 2 / (1 + t^2) - 1, sin(angle) = 2 t / (1 + t^2).
         np.subtract(uniform[pairs:], 1.5, out=imaginary)

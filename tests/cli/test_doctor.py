@@ -9,6 +9,7 @@ from importlib import metadata
 import pytest
 
 from fedfuse.cli import doctor
+from fedfuse.kernels import library
 from tests.cli.stand_ins import Result
 
 Run = Callable[..., Result]
@@ -21,6 +22,15 @@ def test_a_complete_installation_is_fine_and_named(run: Run) -> None:
     for name in ("python", "torch", "flwr", "opacus", "devices", "audio", "memory", "disk"):
         assert found[name]["state"] in ("ok", "note"), found[name]
     assert found["torch"]["found"] == metadata.version("torch")
+
+
+def test_it_says_whether_the_kernels_are_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "why_not", lambda source: "")
+    assert "compiled for this processor" in run("doctor").out
+    monkeypatch.setattr(library, "why_not", lambda source: "no C compiler" * (source == "normals"))
+    result = run("doctor")
+    assert "more slowly: no C compiler" in result.out
+    assert result.code == 0
 
 
 def test_what_is_missing_fails_and_says_how_to_get_it(

@@ -8,7 +8,7 @@ reduction and one product together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -85,6 +85,8 @@ class Book:
         self._entries: list[tuple[Entry, Tensor | None]] = []
         self._large: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._order: dict[int, tuple[int, ...] | None] = {}
+        self._found: dict[int, Tensor] = {}
+        """Squared norms that are known already, of rows of `_large`."""
         self._written: set[int] = set()
         self._columns: dict[int, slice] = {}
         stop = 0
@@ -104,6 +106,8 @@ class Book:
         """Drops what the pass left, and with it the activations that entries hold."""
         self._entries.clear()
         self._large.clear()
+        self._order.clear()
+        self._found.clear()
         self._written.clear()
 
     def room(self, place: int) -> Tensor:
@@ -165,10 +169,35 @@ class Book:
         elif grads.data_ptr() != room.data_ptr():
             room.copy_(grads)
 
+    def write(
+        self,
+        place: int,
+        live: Tensor | None,
+        order: tuple[int, ...] | None,
+        to: Callable[[Tensor, Tensor | None], Tensor],
+    ) -> None:
+        """As `instantiate`, once for a parameter in a pass, with gradients that `to` writes.
+
+        to(out (R, n), rows)   writes the gradient of its record i to out[rows[i]], or out[i] where
+                               there are no rows, and gives the squared norms
+        """
+        assert self.fresh(place)
+        self._written.add(place)
+        self._order[place] = order
+        room = self.room(place)
+        if place not in self._columns:
+            room = room if live is None else room[: len(live)]
+            self._found[place] = to(room, None)
+            self._large[place] = (room, live)
+            return
+        if live is not None:
+            room.zero_()
+        to(room, live)
+
     def _in_order(self, place: int) -> Tensor:
         """(B, n) of a large parameter, as its own numbers lie."""
         grads = _all(*self._large[place], self.rows)
-        order = self._order[place]
+        order = self._order.get(place)
         if order is None:
             return grads
         whole = grads.view(-1, *_stored(self.parameters[place].shape, order))
@@ -206,7 +235,8 @@ class Book:
             for number, columns in self._runs(part_of):
                 table[number] += _squares(slab[:units, columns])
         for place, (grads, live) in self._large.items():
-            _add(table[part_of[place]], _squares(grads), live)
+            known = self._found.get(place)
+            _add(table[part_of[place]], _squares(grads) if known is None else known, live)
         return table
 
     def _add_up(self, owners: Owners) -> None:
@@ -217,6 +247,7 @@ class Book:
         slab = self._slab()
         if slab is not None:
             slab[: owners.units] = whole(slab, None)
+        self._found.clear()  # of records; now it is units
         for place, (grads, live) in self._large.items():
             self._large[place] = (whole(grads, live), None)
 
@@ -256,17 +287,16 @@ class Book:
                 for place, own in self._columns.items():
                     if columns.start <= own.start < columns.stop and place in self._written:
                         mine = total[own.start - columns.start : own.stop - columns.start]
-                        sums[place].add_(mine.view_as(sums[place]))
+                        sums[place].add_(self._shaped(place, mine))
         for place, (grads, live) in self._large.items():
             mine = factors[part_of[place]]
             if any_broken:
                 grads[_some(broken, live)] = 0
-            flat, order = sums[place].view(-1), self._order[place]
-            if order is None:
-                flat.addmv_(grads.t(), _some(mine, live))
+            if self._order.get(place) is None:
+                sums[place].view(-1).addmv_(grads.t(), _some(mine, live))
             else:
                 total = torch.mv(grads.t(), _some(mine, live))
-                sums[place].add_(total.view(_stored(sums[place].shape, order)).permute(order))
+                sums[place].add_(self._shaped(place, total))
         by_record = factors if owners is None else factors[:, owners.of]
         if any_broken and owners is not None:
             broken = broken[owners.of]
@@ -274,6 +304,13 @@ class Book:
             mine = _some(by_record[part_of[entry.place]], live)
             lost = _some(broken, live) if any_broken else None
             entry.add_sum(mine, lost, sums[entry.place])
+
+    def _shaped(self, place: int, numbers: Tensor) -> Tensor:
+        """(n,) numbers of a parameter, as they are kept, in its shape."""
+        shape, order = self.parameters[place].shape, self._order.get(place)
+        if order is None:
+            return numbers.view(shape)
+        return numbers.view(_stored(shape, order)).permute(order)
 
 
 def _stored(shape: torch.Size, order: tuple[int, ...]) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
 from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
@@ -44,7 +45,7 @@ class ConvLayer(Layer):
         return super().run(x)
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
-        """Each call is (x (n, C, ...), g (n, O, ...), sums of g (n, O), live (n,) or nothing)."""
+        """Each call is (x (B, C, ...), g (n, O, ...), sums of g (n, O), live (n,) or nothing)."""
         m: Any = self.module
         place = self.places.get("weight")
         for x, g, sums, *rest in kept:
@@ -57,9 +58,33 @@ class ConvLayer(Layer):
             gram = self.alone and len(kept) == 1 and m.groups == 1 and numbers > SMALL
             held = x[:1].numel() + g[:1].numel()
             if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
-                book.enter(ConvEntry(place, self, x, g), live)
+                book.enter(ConvEntry(place, self, x, g, live), live)
+            elif self.alone and len(kept) == 1 and (windows := self.windows(x, g)) is not None:
+                self._written(book, place, windows, x, g, live)
             else:
+                x = x if live is None else _rows(x, live)
                 book.instantiate(place, *self._instantiated(book, place, x, g, live))
+
+    def windows(self, x: Tensor, g: Tensor) -> products.Windows | None:
+        """The convolution as the kernels have it; None where they don't."""
+        m: Any = self.module
+        if x.dim() > 4 or m.groups > 1 or not products.fits(x, g):
+            return None
+        return products.Windows(
+            kernel=_two(m.kernel_size, 1), stride=_two(m.stride, 1),
+            dilation=_two(m.dilation, 1), padding=_two(self.padding, 0),
+        )  # fmt: skip
+
+    def _written(
+        self, book: Book, place: int, windows: products.Windows, x: Tensor, g: Tensor,
+        live: Tensor | None,
+    ) -> None:  # fmt: skip
+        book.write(
+            place, live, _order(g.dim() - 2),
+            lambda out, to: products.outer_products(
+                _picture(x), _picture(g), windows, out=out, rows=live, to=to
+            ),
+        )  # fmt: skip
 
     def _instantiated(
         self, book: Book, place: int, x: Tensor, g: Tensor, live: Tensor | None
@@ -101,20 +126,40 @@ class ConvLayer(Layer):
 class ConvEntry:
     """Gradients g^T a, where a are the patches of x, of a convolution without groups."""
 
-    def __init__(self, place: int, layer: ConvLayer, x: Tensor, g: Tensor) -> None:
-        self.place, self.layer, self.x, self.g = place, layer, x, g
+    def __init__(
+        self, place: int, layer: ConvLayer, x: Tensor, g: Tensor, live: Tensor | None
+    ) -> None:
+        """x of all records, g of those that `live` numbers."""
+        self.place, self.layer, self.x, self.g, self.live = place, layer, x, g, live
+
+    def _x(self) -> Tensor:
+        return self.x if self.live is None else _rows(self.x, self.live)
 
     def squares(self, owners: Owners | None) -> Tensor:
+        windows = self.layer.windows(self.x, self.g)
+        if windows is not None and owners is None:
+            x, g = _picture(self.x), _picture(self.g)
+            return products.gram_squares(x, g, windows, rows=self.live)
         m: Any = self.layer.module
-        g = _by_place(self.g)
+        x, g = self._x(), _by_place(self.g)
         if owners is not None:
-            a = patches(self.x, m, self.layer.padding)
+            a = patches(x, m, self.layer.padding)
             return gram_squares(owners.side_by_side(a), owners.side_by_side(g))
-        found = [gram_squares(a, g[rows]) for rows, a in self.layer.chunks(self.x, g.shape[1])]
+        found = [gram_squares(a, g[rows]) for rows, a in self.layer.chunks(x, g.shape[1])]
         return torch.cat(found) if found else g.new_zeros(0)
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
-        x, g = self.x, self.g
+        windows = self.layer.windows(self.x, self.g)
+        if windows is not None and self.g[0].numel() >= products.LONG * self.g.shape[1]:
+            total = torch.zeros_like(out).view(-1)
+            x, g = _picture(self.x), _picture(self.g)
+            products.add_weighted(x, g, windows, factors=factors, out=total, rows=self.live)
+            order = _order(out.dim() - 2)
+            out.add_(
+                total.view([out.shape[order.index(i)] for i in range(out.dim())]).permute(order)
+            )
+            return
+        x, g = self._x(), self.g
         extra = (1,) * (x.dim() - 1)
         if broken is not None:
             x = x.masked_fill(broken.view(-1, *extra), 0)
@@ -139,6 +184,22 @@ def _last(x: Tensor, groups: int) -> bool:
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1
+
+
+def _two(sizes: Any, one: int) -> tuple[int, int]:
+    """Height and width; of a convolution over time, which is `one` high, time is the width."""
+    height, width = (one, *sizes) if len(sizes) == 1 else sizes
+    return int(height), int(width)
+
+
+def _order(dims: int) -> tuple[int, ...]:
+    """How (kernel, C, O), as the kernels write it, is permuted to (O, C, kernel)."""
+    return (dims + 1, dims, *range(dims))
+
+
+def _picture(x: Tensor) -> Tensor:
+    """(B, C, T) -> (B, C, 1, T)."""
+    return x.unsqueeze(2) if x.dim() == 3 else x
 
 
 def _by_place(g: Tensor) -> Tensor:
@@ -232,10 +293,11 @@ class _Conv(torch.autograd.Function):
         sums = _by_place(g).sum(1)
         live = live_rows(g, sums)
         if live is not None:
-            x, g, sums = _rows(x, live), _rows(g, live), sums[live]
+            g, sums = _rows(g, live), sums[live]
         back = None
         if ctx.needs_input_grad[0]:
-            back = _backward(g, x, ctx.layer, (True, False))[0].to(ctx.dtype)
+            # Of x the shape counts alone.
+            back = _backward(g, x[: len(g)], ctx.layer, (True, False))[0].to(ctx.dtype)
             if live is not None:
                 back = _spread(back, live, ctx.rows)
         ctx.layer.keep(x, g, sums, *(() if live is None else (live,)))

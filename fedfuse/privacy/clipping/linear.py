@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
 from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
 
 __all__ = ["LinearEntry", "LinearLayer", "gram_squares", "product"]
+
+
+_COPIED = 64
+"""Multiplications in the time in which a number of a row that is left is copied out."""
 
 
 class LinearLayer(Layer):
@@ -28,7 +33,7 @@ class LinearLayer(Layer):
         a, g = a.to(dtype), g.to(dtype)
         T, d, p = a.shape[1], g.shape[2], a.shape[2]
         sums = g.squeeze(1) if T == 1 else g.sum(1)
-        live = live_rows(g, sums) if T > 1 else None
+        live = live_rows(g, sums) if T > 1 and d * p > _COPIED * (d + p) else None
         if live is not None:
             a, g, sums = a[live], g[live], sums[live]
         self.emit_bias(book, sums, live)
@@ -37,6 +42,17 @@ class LinearLayer(Layer):
             return
         if self.alone and gram_is_cheaper(T, d, p, T * (d + p)):
             book.enter(LinearEntry(place, a, g), live)
+            return
+        if self.alone and T > 1 and products.fits(a, g):
+            # What stands last goes into registers, many numbers at once.
+            swap = products.tiles(d, p) < products.tiles(p, d)
+            first, last = (g, a) if swap else (a, g)
+            book.write(
+                place, live, None if swap else (1, 0),
+                lambda out, to: products.outer_products(
+                    _picture(first), _picture(last), products.Windows(), out=out, to=to
+                ),
+            )  # fmt: skip
             return
         # The longer side goes last: the product is then up to twice as fast.
         left, right, order = (a, g, (1, 0)) if p < d else (g, a, None)
@@ -50,6 +66,11 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """(B, T, m), (B, T, n) -> (B, m, n), the sum over T."""
     left = left.transpose(1, 2)
     return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
+
+
+def _picture(x: Tensor) -> Tensor:
+    """(B, T, n) -> (B, n, 1, T): a sequence as the kernels have it."""
+    return x.transpose(1, 2).unsqueeze(2)
 
 
 def _sequence(x: Tensor) -> Tensor:
@@ -71,6 +92,10 @@ class LinearEntry:
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         a, g = self.a, self.g
+        if a.shape[1] >= products.LONG and products.fits(a, g, factors, out):
+            x, y = _picture(g), _picture(a)
+            products.add_weighted(x, y, products.Windows(), factors=factors, out=out.view(-1))
+            return
         if broken is not None:
             a = a.masked_fill(broken[:, None, None], 0)
             g = g.masked_fill(broken[:, None, None], 0)
@@ -90,6 +115,8 @@ def gram_squares(a: Tensor, g: Tensor) -> Tensor:
     """
     if a.shape[1] == 1:
         return a.square().sum((1, 2)).mul_(g.square().sum((1, 2)))
+    if products.fits(a, g):
+        return products.gram_squares(_picture(a), _picture(g), products.Windows())
     aa = torch.bmm(a, a.transpose(1, 2))
     gg = torch.bmm(g, g.transpose(1, 2))
     reach = (aa.diagonal(dim1=1, dim2=2) * gg.diagonal(dim1=1, dim2=2)).clamp_(min=0).sqrt_()

@@ -1,0 +1,1 @@
+"""Compiled arithmetic, where installation found a C compiler; no result needs it."""

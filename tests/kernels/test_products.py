@@ -1,0 +1,159 @@
+"""The compiled products are those of autograd in float64, for every shape, layout and processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedfuse.kernels import products
+from fedfuse.kernels.products import Windows, gram_squares, outer_products
+from tests.kernels.levels import LEVELS, load
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not compiled here")
+
+
+@pytest.fixture(params=LEVELS or ["none"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With the kernels for this processor, and for a lesser one."""
+    found = load("products", request.param)
+    monkeypatch.setattr(products, "library", lambda source: found)
+    call = products._call
+    call.cache_clear()
+    yield request.param
+    call.cache_clear()
+
+
+def expected(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
+    """(n, kernel height, kernel width, C, O) in float64, one record after the other."""
+    found = []
+    for one, slope in zip(x.double(), g.double(), strict=True):
+        out = layer(one[None])
+        (grad,) = torch.autograd.grad(out, layer.weight, slope[None])
+        found.append(grad.permute(2, 3, 1, 0))
+    return torch.stack(found)
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.data(), records=st.integers(1, 4), channels=st.integers(1, 40), out=st.integers(1, 70),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 30)), kernel=pairs, stride=pairs,
+    dilation=pairs, padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    last=st.tuples(st.booleans(), st.booleans()), chosen=st.booleans(), threads=st.integers(1, 3),
+)  # fmt: skip
+def _agree(
+    data: st.DataObject, records: int, channels: int, out: int, size: tuple[int, int],
+    kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int],
+    padding: tuple[int, int], last: tuple[bool, bool], chosen: bool, threads: int,
+) -> None:  # fmt: skip
+    seen = [
+        n + 2 * p - d * (k - 1) for n, p, d, k in zip(size, padding, dilation, kernel, strict=True)
+    ]
+    assume(min(seen) > 0)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, out, kernel, stride, padding, dilation, bias=False).double()
+    x = torch.randn(records + 2, channels, *size)
+    with torch.no_grad():
+        g = torch.randn_like(layer(x[:records].double()).float())
+    rows = to = None
+    if chosen:
+        rows, to = torch.randperm(records + 2)[:records], torch.randperm(records + 1)[:records]
+    mine = x[:records] if rows is None else x[rows]
+    if last[0]:
+        x = x.contiguous(memory_format=torch.channels_last)
+    if last[1]:
+        g = g.contiguous(memory_format=torch.channels_last)
+    windows = Windows(kernel=kernel, stride=stride, dilation=dilation, padding=padding)
+    room = torch.full((records + 1, layer.weight.numel() + 5), 7.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(products, "_WORTH_SHARING", 0)
+        squares = outer_products(x, g, windows, out=room[:, 2:-3], rows=rows, to=to)
+        again = gram_squares(x, g, windows, rows=rows)
+    true = expected(layer, mine, g).flatten(1)
+    # Each number to some roundings of the largest that could stand there.
+    scale = float(true.abs().max()) + 1e-30
+    taken = torch.arange(records) if to is None else to
+    assert float((room[taken, 2:-3] - true).abs().max()) <= 1e-5 * scale
+    left = torch.ones(records + 1, dtype=torch.bool)
+    left[taken] = False
+    assert bool((room[left] == 7).all())
+    assert bool((room[:, :2] == 7).all())
+    assert bool((room[:, -3:] == 7).all())
+    lengths = true.square().sum(1)
+    most = float(lengths.max()) + 1e-30
+    assert float((squares - lengths).abs().max()) <= 1e-5 * most
+    # Raised by what rounding could take, never lowered.
+    assert bool((again >= lengths * (1 - 1e-6)).all())
+    assert float((again - lengths).max()) <= 1e-3 * most
+
+
+def test_outer_products_are_those_of_autograd(level: str) -> None:
+    _agree()
+
+
+@pytest.mark.parametrize("places", [1, 511, 512, 513, 1300])
+def test_long_sums_are_added_up_in_parts(level: str, places: int) -> None:
+    torch.manual_seed(0)
+    a, g = torch.randn(2, 50, 1, places), torch.randn(2, 40, 1, places)
+    out = torch.full((2, 50 * 40), float("nan"))
+    squares = outer_products(a, g, Windows(), out=out)
+    true = torch.einsum("bphw,bdhw->bpd", a.double(), g.double())
+    assert float((out.view(2, 50, 40) - true).abs().max()) <= 2e-6 * float(true.abs().max())
+    assert torch.allclose(squares.double(), true.square().sum((1, 2)), rtol=1e-6)
+
+
+def test_gram_squares_are_the_squares_of_what_outer_products_writes(level: str) -> None:
+    torch.manual_seed(0)
+    for places, p, d in ((2, 5, 3), (9, 64, 192), (40, 100, 33)):
+        a, g = torch.randn(3, p, 1, places), torch.randn(3, d, 1, places)
+        out = torch.empty(3, p * d)
+        squares = outer_products(a, g, Windows(), out=out)
+        assert torch.allclose(squares, out.square().sum(1), rtol=1e-5)
+        assert torch.allclose(gram_squares(a, g, Windows()), squares, rtol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_record_that_is_not_finite_has_no_finite_norm_and_touches_no_other(
+    level: str, broken: float
+) -> None:
+    torch.manual_seed(0)
+    a, g = torch.randn(3, 20, 1, 9), torch.randn(3, 35, 1, 9)
+    clean = gram_squares(a, g, Windows())
+    for x in (a, g):
+        x[1, 2, 0, 3] = broken
+        out = torch.empty(3, 20 * 35)
+        for found in (outer_products(a, g, Windows(), out=out), gram_squares(a, g, Windows())):
+            assert not torch.isfinite(found[1])
+            assert torch.allclose(found[[0, 2]], clean[[0, 2]], rtol=1e-5)
+        x[1, 2, 0, 3] = 1.0
+
+
+def test_no_record_is_no_work(level: str) -> None:
+    a, g = torch.randn(0, 3, 1, 4), torch.randn(0, 2, 1, 4)
+    assert outer_products(a, g, Windows(), out=torch.empty(0, 6)).shape == (0,)
+    assert gram_squares(a, g, Windows()).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_numbers_are_left_to_torch(dtype: torch.dtype, level: str) -> None:
+    assert products.fits(torch.ones(2))
+    assert not products.fits(torch.ones(2), torch.ones(2, dtype=dtype))
+
+
+def test_memory_that_is_missing_is_an_error(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> int:
+        return 1
+
+    monkeypatch.setattr(products, "_call", lambda name: refuses)
+    a = torch.randn(1, 3, 1, 4)
+    with pytest.raises(MemoryError, match="no memory for the products"):
+        outer_products(a, a, Windows(), out=torch.empty(1, 9))

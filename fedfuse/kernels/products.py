@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,14 +12,12 @@ import torch
 from torch import Tensor
 
 from fedfuse.kernels.library import library
+from fedfuse.kernels.threads import shared
 
 __all__ = ["LONG", "Windows", "add_weighted", "fits", "gram_squares", "outer_products", "tiles"]
 
 LONG = 8
 """Places from which `add_weighted` is worth it: it fetches and stores its sum for each record."""
-
-_WORTH_SHARING = 1 << 22
-"""Multiplications from which several threads are asked; handing over takes some 50 microseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,9 +160,9 @@ def _from(start: int, data: Tensor, rows: Tensor | None) -> tuple[int, int | Non
 @lru_cache(maxsize=3)
 def _call(name: str) -> Any:
     kernel = getattr(library("products"), name)
-    at = ctypes.c_void_p
-    rest = {"outer": [at, at, ctypes.c_int64, at], "weighted": [at, at], "gram": [at]}[name]
-    kernel.argtypes = [ctypes.POINTER(_Pairs), *rest]
+    at: Any = ctypes.c_void_p
+    rest = {"outer": (at, at, ctypes.c_int64, at), "weighted": (at, at), "gram": (at,)}
+    kernel.argtypes = [ctypes.POINTER(_Pairs), *rest[name]]
     return kernel
 
 
@@ -181,18 +177,4 @@ def _shared(
         pairs = _Pairs(ctypes.pointer(shape), stop - start, base, g[start:].data_ptr(), numbers)
         return some(pairs, start)
 
-    threads = min(torch.get_num_threads(), len(g))
-    work = g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1]
-    if threads < 2 or work < _WORTH_SHARING:
-        failed = run(0, len(g))
-    else:
-        ends = [len(g) * i // threads for i in range(threads + 1)]
-        failed = max(_pool(os.getpid(), threads).map(run, ends[:-1], ends[1:]))
-    if failed:
-        raise MemoryError("no memory for the products of a layer's input and gradient")
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Made anew in a forked process, which has none of the threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
+    shared(run, len(g), g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1])

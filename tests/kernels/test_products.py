@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from fedfuse.kernels import products
 from fedfuse.kernels import threads as threads_of
-from fedfuse.kernels.products import Windows, add_weighted, gram_squares, outer_products
+from fedfuse.kernels.products import (
+    Windows,
+    add_weighted,
+    gram_squares,
+    outer_products,
+    silent_records,
+)
 from tests.kernels.levels import LEVELS, load
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not compiled here")
@@ -67,7 +73,11 @@ def _agree(
     rows = to = None
     if chosen:
         rows, to = torch.randperm(records + 2)[:records], torch.randperm(records + 1)[:records]
-    mine = x[:records] if rows is None else x[rows]
+    if rows is None:
+        x, mine, slopes = x[:records], x[:records], g
+    else:
+        mine, slopes = x[rows], g
+        g = torch.full((records + 2, *g.shape[1:]), float("nan")).index_copy(0, rows, g)
     if last[0]:
         x = x.contiguous(memory_format=torch.channels_last)
     if last[1]:
@@ -83,7 +93,7 @@ def _agree(
         factors[0] = 0
         total = torch.ones(layer.weight.numel())
         add_weighted(x, g, windows, factors=factors, out=total, rows=rows)
-    true = expected(layer, mine, g).flatten(1)
+    true = expected(layer, mine, slopes).flatten(1)
     # Each number to some roundings of the largest that could stand there.
     scale = float(true.abs().max()) + 1e-30
     taken = torch.arange(records) if to is None else to
@@ -152,6 +162,17 @@ def test_a_record_with_factor_0_adds_nothing_whatever_its_numbers_are(level: str
     add_weighted(a, g, Windows(), factors=torch.tensor([2.0, 0.0, 0.5]), out=total)
     whole = torch.einsum("bphw,bdhw->bpd", a, g)
     assert torch.allclose(total.view(20, 35), 2 * whole[0] + 0.5 * whole[2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_record_is_silent_where_all_its_numbers_are_zero(level: str) -> None:
+    g = torch.zeros(5, 3, 4, 2)
+    g[0, 2, 3, 1], g[2, 0, 0, 0], g[4] = 1e-40, float("nan"), -0.0
+    for some in (g, g.contiguous(memory_format=torch.channels_last), g[0:0]):
+        found = silent_records(some)
+        assert found is not None
+        assert found.tolist() == [False, True, False, True, True][: len(some)]
+    assert silent_records(g[:, :, 1:]) is None
+    assert silent_records(g.double()) is None
 
 
 def test_no_record_is_no_work(level: str) -> None:

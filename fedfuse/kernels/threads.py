@@ -25,7 +25,8 @@ def shared(run: Callable[[int, int], int], records: int, work: int) -> None:
         failed = run(0, records)
     else:
         ends = [records * i // threads for i in range(threads + 1)]
-        failed = max(_pool(os.getpid(), threads).map(run, ends[:-1], ends[1:]))
+        pool = _pool(os.getpid(), torch.get_num_threads())
+        failed = max(pool.map(run, ends[:-1], ends[1:]))
     if failed:
         raise MemoryError("no memory for the arithmetic of a layer's gradients")
 

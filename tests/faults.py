@@ -216,6 +216,17 @@ FAULTS = (
     ),
     Fault(
         line=4,
+        name="kernel-sum-without-clipping",
+        file="fedfuse/kernels/products.c",
+        old="w.g[k] *= factors[i];",
+        new="w.g[k] *= 1;",
+        tests=(
+            f"{KERNELS}test_a_record_with_factor_0_adds_nothing_whatever_its_numbers_are",
+            f"{KERNELS}test_outer_products_are_those_of_autograd",
+        ),
+    ),
+    Fault(
+        line=4,
         name="kernel-noise-of-two-thirds",
         file="fedfuse/kernels/normals.c",
         old="sqrt(logarithm(u) * scale)",

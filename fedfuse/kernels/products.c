@@ -39,7 +39,7 @@ typedef struct {
     int64_t g_record, g_height, g_width, g_channel;
 } Shape;
 
-/* A layer's inputs and output gradients. Where `rows` is given, x is that of these records. */
+/* A layer's inputs and output gradients. Where `rows` is given, these records alone count. */
 typedef struct {
     const Shape *s;
     int64_t records;
@@ -119,7 +119,7 @@ static void ready(Work *w, const Pairs *pairs, int64_t i) {
     const Shape *s = w->s;
     int64_t line = s->padded_width * s->channels;
     w->a = pairs->x + (pairs->rows ? pairs->rows[i] : i) * s->x_record;
-    w->b = pairs->g + i * s->g_record;
+    w->b = pairs->g + (pairs->rows ? pairs->rows[i] : i) * s->g_record;
     if (w->x) {
         copy(s->height, s->width, s->channels, w->a, s->x_height, s->x_width, s->x_channel,
              w->x + s->top * line + s->left * s->channels, line, s->channels);
@@ -335,4 +335,14 @@ int gram(const Pairs *pairs, float *squares) {
     }
     end(&w);
     return failed;
+}
+
+/* For each record of g, `numbers` floats side by side, whether all of them are zero. */
+void silent(const float *g, int64_t records, int64_t numbers, uint8_t *found) {
+    for (int64_t i = 0; i < records; i++, g += numbers) {
+        int64_t k = 0;
+        while (k < numbers && g[k] == 0)
+            k++;
+        found[i] = k == numbers;
+    }
 }

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,14 +12,21 @@ import torch
 from torch import Tensor
 
 from fedfuse.kernels.library import library
+from fedfuse.kernels.threads import shared
 
-__all__ = ["LONG", "Windows", "add_weighted", "fits", "gram_squares", "outer_products", "tiles"]
+__all__ = [
+    "LONG",
+    "Windows",
+    "add_weighted",
+    "fits",
+    "gram_squares",
+    "outer_products",
+    "silent_records",
+    "tiles",
+]
 
 LONG = 8
 """Places from which `add_weighted` is worth it: it fetches and stores its sum for each record."""
-
-_WORTH_SHARING = 1 << 22
-"""Multiplications from which several threads are asked; handing over takes some 50 microseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,19 @@ def fits(*tensors: Tensor) -> bool:
     return right and library("products") is not None
 
 
+def silent_records(g: Tensor) -> Tensor | None:
+    """(B,) bool: which records of g (B, ...) are zero throughout; None where it can't be seen."""
+    dense = g.is_contiguous() or (
+        g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not dense or not fits(g):
+        return None
+    found = torch.empty(len(g), dtype=torch.bool)
+    numbers = g.numel() // max(1, len(g))
+    _call("silent")(g.data_ptr(), len(g), numbers, found.data_ptr())
+    return found
+
+
 def tiles(p: int, d: int) -> int:
     """How many blocks a product (p, d) is made in; those at the edges are made whole."""
     return -(-p // 12) * -(-d // 32)
@@ -80,15 +98,15 @@ def outer_products(
     """Writes each record's gradient of a weight, input by output; returns its squared norm (n,).
 
     x     (B, C, H, W), the input
-    g     (n, O, H', W'), the gradient of the output
+    g     (B, O, H', W'), the gradient of the output
     out   (R, kernel height * kernel width * C * O), numbers of a row side by side
-    rows  (n,) int64: the records of x that they are; None: the first n
+    rows  (n,) int64: the records that are wanted; None: all B
     to    (n,) int64: the rows of out that they take; None: the first n
 
     Raises MemoryError.
     """
     assert out.stride(1) == 1
-    squares = torch.empty(len(g))
+    squares = torch.empty(len(g if rows is None else rows))
 
     def some(pairs: _Pairs, start: int) -> int:
         base, numbers = _from(start, out, to)
@@ -135,7 +153,7 @@ def gram_squares(x: Tensor, g: Tensor, windows: Windows, *, rows: Tensor | None 
 
     Raises MemoryError.
     """
-    squares = torch.empty(len(g))
+    squares = torch.empty(len(g if rows is None else rows))
 
     def some(pairs: _Pairs, start: int) -> int:
         return int(_call("gram")(pairs, squares[start:].data_ptr()))
@@ -161,12 +179,17 @@ def _from(start: int, data: Tensor, rows: Tensor | None) -> tuple[int, int | Non
     return data.data_ptr(), rows[start:].data_ptr()
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=4)
 def _call(name: str) -> Any:
     kernel = getattr(library("products"), name)
-    at = ctypes.c_void_p
-    rest = {"outer": [at, at, ctypes.c_int64, at], "weighted": [at, at], "gram": [at]}[name]
-    kernel.argtypes = [ctypes.POINTER(_Pairs), *rest]
+    at: Any = ctypes.c_void_p
+    many, pairs = ctypes.c_int64, ctypes.POINTER(_Pairs)
+    kernel.argtypes = {
+        "outer": [pairs, at, at, many, at],
+        "weighted": [pairs, at, at],
+        "gram": [pairs, at],
+        "silent": [at, many, many, at],
+    }[name]
     return kernel
 
 
@@ -178,21 +201,12 @@ def _shared(
 
     def run(start: int, stop: int) -> int:
         base, numbers = _from(start, x, rows)
-        pairs = _Pairs(ctypes.pointer(shape), stop - start, base, g[start:].data_ptr(), numbers)
+        slopes, _ = _from(start, g, rows)
+        pairs = _Pairs(ctypes.pointer(shape), stop - start, base, slopes, numbers)
         return some(pairs, start)
 
-    threads = min(torch.get_num_threads(), len(g))
-    work = g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1]
-    if threads < 2 or work < _WORTH_SHARING:
-        failed = run(0, len(g))
-    else:
-        ends = [len(g) * i // threads for i in range(threads + 1)]
-        failed = max(_pool(os.getpid(), threads).map(run, ends[:-1], ends[1:]))
-    if failed:
-        raise MemoryError("no memory for the products of a layer's input and gradient")
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Made anew in a forked process, which has none of the threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
+    shared(
+        run,
+        len(g if rows is None else rows),
+        g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1],
+    )

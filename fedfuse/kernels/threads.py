@@ -1,18 +1,27 @@
-"""Kernels on several threads: each takes some of the records."""
+"""Threads that compiled kernels and ciphers can run in, which hold no lock of Python's meanwhile."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 
 import torch
 
-__all__ = ["shared"]
+__all__ = ["pool", "shared"]
 
 _WORTH_SHARING = 1 << 22
 """Multiplications from which several threads are asked; handing over takes some 50 microseconds."""
+
+
+@cache
+def pool() -> ThreadPoolExecutor:
+    """One for the process, which begins threads as they are needed; a forked one has its own."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fedfuse")
+
+
+os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 def shared(run: Callable[[int, int], int], records: int, work: int) -> None:
@@ -25,13 +34,6 @@ def shared(run: Callable[[int, int], int], records: int, work: int) -> None:
         failed = run(0, records)
     else:
         ends = [records * i // threads for i in range(threads + 1)]
-        pool = _pool(os.getpid(), torch.get_num_threads())
-        failed = max(pool.map(run, ends[:-1], ends[1:]))
+        failed = max(pool().map(run, ends[:-1], ends[1:]))
     if failed:
         raise MemoryError("no memory for the arithmetic of a layer's gradients")
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Made anew in a forked process, which has none of the threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")

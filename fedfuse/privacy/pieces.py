@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
+from concurrent.futures import Future, wait
+
+from fedfuse.kernels.threads import pool
 
 __all__ = ["Pieces"]
 
@@ -42,7 +42,7 @@ class Pieces:
         self._left.clear()
 
     def _begin(self, helpers: int) -> None:
-        self._helpers += [_pool().submit(self._work) for _ in range(min(helpers, len(self._left)))]
+        self._helpers += [pool().submit(self._work) for _ in range(min(helpers, len(self._left)))]
 
     def _work(self) -> None:
         while True:
@@ -51,11 +51,3 @@ class Pieces:
             except IndexError:
                 return
             self._make(start)
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="noise")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,4 +1,4 @@
-"""Threads that compiled kernels and ciphers can run in, which hold no lock of Python's meanwhile."""
+"""Threads for compiled kernels and ciphers, which hold no lock of Python's while they work."""
 
 from __future__ import annotations
 

@@ -2,14 +2,18 @@
 
     python benchmarks/dp_step.py                                  # all of it, some ten minutes
     python benchmarks/dp_step.py --models conv --batches 32 128 --ways plain bookkeeping
+    python benchmarks/dp_step.py --wall --ways bookkeeping ahead
 
 A plain step is forward, backward, optimizer; a private one also clips, sums, adds noise and
 divides. All ways take the same model and batch, in turn in one process on one thread, `--repeat`
 times after one step that is not counted. Times are CPU seconds of the process, so that what else
 the machine does counts less; the ratio is of medians, and the ratio of minima stands beside it.
+With `--wall` they are seconds on the clock, of plain steps too: for `ahead`, which takes a second
+core beside torch's one thread, and gains nothing where that has work. `--threads`: torch's own.
 Memory is the peak of resident memory above model and batch, each way in a process of its own.
 
     bookkeeping, hooks   fedfuse with privacy.clipping set so; noise from its stream cipher
+    ahead                book-keeping with the noise made on another core during the step
     ghost                Opacus's fast gradient clipping, two backward passes; noise from torch
     functorch, ew        Opacus's GradSampleModule with functorch, its expanded weights
     vmap                 torch.func: vmap(grad), clipped and noised by hand
@@ -67,7 +71,7 @@ MODELS: dict[str, tuple[tuple[Modality, ...], ModelConfig]] = {
     "table": ((TABLE,), ModelConfig(dim=256, head_width=512, vector_width=512)),
     "series": ((SERIES,), ModelConfig(dim=128, head_width=128, series_width=32, series_depth=3)),
 }  # fmt: skip
-WAYS = ("plain", "bookkeeping", "hooks", "ghost", "functorch", "ew", "vmap")
+WAYS = ("plain", "bookkeeping", "ahead", "hooks", "ghost", "functorch", "ew", "vmap")
 SIGMA, C, RATE = 1.0, 1.0, 0.01
 VOCABULARY = 4096
 
@@ -127,12 +131,12 @@ def step_of(way: str, name: str, rows: int) -> Callable[[], None]:
 
     if way == "plain":
         return plain
-    if way in ("bookkeeping", "hooks"):
+    if way in ("bookkeeping", "ahead", "hooks"):
         fused = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, fused=True)
-        ready = prepare(model, way)
+        ready = prepare(model, "hooks" if way == "hooks" else "bookkeeping")
         private = PrivateOptimizer(
             fused, noise_multiplier=SIGMA, clip_norm=C, expected_batch=rows,
-            stream=NoiseStream(os.urandom(32), "noise"),
+            stream=NoiseStream(os.urandom(32), "noise", idle=1 if way == "ahead" else 0),
         )  # fmt: skip
         return lambda: private_step(ready, private, batch, task.loss, physical_batch=rows)
     common = {"noise_multiplier": SIGMA, "max_grad_norm": C, "expected_batch_size": rows}
@@ -214,7 +218,9 @@ def _status(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def row(name: str, rows: int, ways: list[str], repeat: int) -> list[str]:
+def row(
+    name: str, rows: int, ways: list[str], repeat: int, clock: Callable[[], float]
+) -> list[str]:
     """Cells of one line: ratio of medians, of minima, memory; "-" where a way does not run."""
     steps, spent = {}, {}
     for way in ways:
@@ -227,9 +233,9 @@ def row(name: str, rows: int, ways: list[str], repeat: int) -> list[str]:
             print(f"<!-- {name} {rows} {way}: {type(error).__name__} -->", flush=True)
     for _ in range(repeat):
         for way, step in steps.items():
-            start = time.process_time()
+            start = clock()
             step()
-            spent[way].append(time.process_time() - start)
+            spent[way].append(clock() - start)
     memory = {way: peak(way, name, rows) for way in steps}
     middle = {way: statistics.median(times) for way, times in spent.items()}
     cells = [name, str(rows)]
@@ -252,18 +258,20 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[32, 128, 512])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--wall", action="store_true", help="seconds on the clock, not of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore")
     if chosen.peak:
         print(_peak_here(chosen.peak, chosen.models[0], chosen.batches[0]))
         return
     ways = ["plain", *(way for way in chosen.ways if way != "plain")]
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
+    clock = time.perf_counter if chosen.wall else time.process_time
     print(
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, CPU, one thread;"
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, CPU, threads of "
+        f"torch: {chosen.threads}; {'wall-clock' if chosen.wall else 'CPU'} time;"
     )
     print(f"torch {torch.__version__}; load {os.getloadavg()[0]:.1f} at the start\n")
     for name in chosen.models:
@@ -273,7 +281,7 @@ def main() -> None:
     print("|---|---|" + "---|" * len(ways))
     for name in chosen.models:
         for rows in chosen.batches:
-            print("| " + " | ".join(row(name, rows, ways, chosen.repeat)) + " |", flush=True)
+            print("| " + " | ".join(row(name, rows, ways, chosen.repeat, clock)) + " |", flush=True)
 
 
 if __name__ == "__main__":

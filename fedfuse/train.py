@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +34,16 @@ from fedfuse.privacy.sampling import poisson_batches, poisson_subjects, shuffled
 from fedfuse.privacy.spec import REST, Mechanism, Unit, clip_shares
 from fedfuse.uncompiled import SGD, AdamW
 
-__all__ = ["Job", "Ran", "Records", "Trainer", "Weights", "optimizer_of", "pick_device"]
+__all__ = [
+    "Job",
+    "Ran",
+    "Records",
+    "Trainer",
+    "Weights",
+    "idle_cores",
+    "optimizer_of",
+    "pick_device",
+]
 
 Weights = dict[str, NDArray[np.generic]]
 """By name, as they travel."""
@@ -101,6 +111,11 @@ def pick_device(name: str, index: int = 0) -> torch.device:
     return device
 
 
+def idle_cores() -> int:
+    """Cores that torch's threads leave idle, if this process has the machine to itself."""
+    return max(0, len(os.sched_getaffinity(0)) - torch.get_num_threads())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
     """What a node learns of its own round. None of it leaves the node by itself."""
@@ -118,7 +133,11 @@ class Trainer:
     Nothing of one run stays for the next: weights are loaded, optimizers are made anew.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Loss, device: torch.device, *, idle: int = 0
+    ) -> None:
+        """`idle`: cores that nothing else uses meanwhile; the noise of a step is made there."""
+        self._idle = idle
         self.model = model.to(device)
         self.loss = loss
         self.device = device
@@ -258,7 +277,7 @@ class Trainer:
             noise_multiplier=mechanism.sum_noise,
             clip_norm=mechanism.clip_norm,
             expected_batch=job.expected_batch,
-            stream=NoiseStream(secret, "noise", threads=torch.get_num_threads()),
+            stream=NoiseStream(secret, "noise", threads=torch.get_num_threads(), idle=self._idle),
             parts=parts,
             watched=watched,
             count_noise=mechanism.count_noise,

@@ -49,6 +49,7 @@ class Fault:
 
 PROMISE = "tests/federation/test_promise.py::"
 NOISE = "tests/privacy/test_noise.py::"
+AHEAD = "tests/privacy/test_noise_ahead.py::"
 CLIPPING = "tests/privacy/test_clipping.py::"
 AUXILIARY = "tests/privacy/test_auxiliary.py::"
 COUPLED = "test_a_loss_over_the_batch_depends_on_others_and_is_refused_with_a_promise"
@@ -200,9 +201,9 @@ FAULTS = (
     Fault(
         line=4,
         name="kernel-rounding-down",
-        file="fedfuse/kernels/products.py",
-        old="squares.add_(slack)",
-        new="squares",
+        file="fedfuse/kernels/products.c",
+        old="square += reached * reached * (FLT_EPSILON / 2);",
+        new="(void)reached;",
         tests=(f"{BOOK}test_rounding_never_makes_a_norm_too_small",),
     ),
     Fault(
@@ -212,6 +213,17 @@ FAULTS = (
         old="(t == u ? dot : 2 * dot)",
         new="dot",
         tests=(f"{KERNELS}test_gram_squares_are_the_squares_of_what_outer_products_writes",),
+    ),
+    Fault(
+        line=4,
+        name="kernel-sum-without-clipping",
+        file="fedfuse/kernels/products.c",
+        old="w.g[k] *= factors[i];",
+        new="w.g[k] *= 1;",
+        tests=(
+            f"{KERNELS}test_a_record_with_factor_0_adds_nothing_whatever_its_numbers_are",
+            f"{KERNELS}test_outer_products_are_those_of_autograd",
+        ),
     ),
     Fault(
         line=4,
@@ -330,6 +342,34 @@ FAULTS = (
         old="_Source(self._key, first + _bytes_of(start))",
         new="_Source(self._key, first)",
         tests=(f"{NOISE}test_several_threads_make_the_same_noise_and_go_on_after_it",),
+    ),
+    Fault(
+        line=6,
+        name="noise-made-ahead-used-twice",
+        file="fedfuse/privacy/noise.py",
+        old="            self._move(len(values))\n            ahead.pieces",
+        new="            ahead.pieces",
+        tests=(f"{AHEAD}test_noise_made_ahead_is_that_of_one_thread",),
+    ),
+    Fault(
+        line=6,
+        name="interrupted-noise-used-again",
+        file="fedfuse/privacy/noise.py",
+        old="            self._move(len(values))\n"
+        "            ahead.pieces.finish(self._threads - 1)\n",
+        new="            ahead.pieces.finish(self._threads - 1)\n"
+        "            self._move(len(values))\n",
+        tests=(
+            f"{AHEAD}test_numbers_of_a_step_that_was_interrupted_while_they_were_added_are_gone",
+        ),
+    ),
+    Fault(
+        line=6,
+        name="noise-made-ahead-of-another-sigma",
+        file="fedfuse/privacy/noise.py",
+        old="ahead is not None and ahead.place == place",
+        new="ahead is not None and ahead.place.first == place.first",
+        tests=(f"{AHEAD}test_a_deviation_that_changes_meanwhile_is_the_one_that_counts",),
     ),
     Fault(
         line=6,

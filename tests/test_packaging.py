@@ -19,17 +19,7 @@ import fedfuse
 from fedfuse.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = (".git", ".venv", "runs", "build", "dist", "__pycache__", ".*_cache", ".hypothesis", "*.so")
-    ".git",
-    "*.so",
-    ".venv",
-    "runs",
-    "build",
-    "dist",
-    "__pycache__",
-    ".*_cache",
-    ".hypothesis",
-)
+LEFT_OUT = (".git", ".venv", "runs", "build", "dist", "__pycache__", ".*_cache", ".hypo*", "*.so")
 
 
 @pytest.fixture(scope="module")

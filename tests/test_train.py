@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +16,11 @@ from fedfuse import train
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError
 from fedfuse.evaluate import predict
+from fedfuse.privacy import noise
 from fedfuse.privacy.noise import NoiseStream
+from fedfuse.privacy.pieces import Pieces
 from fedfuse.privacy.spec import Mechanism, Unit
-from fedfuse.train import Job, Trainer, pick_device
+from fedfuse.train import Job, Trainer, idle_cores, pick_device
 
 CPU = torch.device("cpu")
 SECRET = b"s" * 32
@@ -107,6 +111,37 @@ def test_a_trainer_used_again_carries_nothing_over() -> None:
             np.testing.assert_allclose(used.weights()[name], value, rtol=1e-6)
 
 
+def test_noise_made_on_idle_cores_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    class Counted(Pieces):
+        def __init__(
+            self, make: Callable[[int], None], starts: Iterable[int], helpers: int
+        ) -> None:
+            begun.append(helpers)
+            super().__init__(make, starts, helpers)
+
+    monkeypatch.setattr(noise, "_WORTH", 1)
+    monkeypatch.setattr(noise, "Pieces", Counted)
+    found = []
+    for idle in (0, 2):
+        torch.manual_seed(0)
+        one = Trainer(Line(), squares, CPU, idle=idle)
+        one.run(Points(40), PRIVATE, secret=SECRET)
+        found.append(one.weights()["layer.weight"])
+    assert begun == [2] * PRIVATE.steps
+    assert np.array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(("cores", "threads", "idle"), [(8, 3, 5), (4, 4, 0), (2, 3, 0)])
+def test_idle_are_cores_that_torch_leaves(
+    cores: int, threads: int, idle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert idle_cores() == idle
+
+
 def test_private_step_divides_by_the_public_size_whatever_is_drawn() -> None:
     """Half the divisor, twice the update: nothing else of the batch's size enters."""
     moves = []
@@ -166,9 +201,9 @@ def test_variation_touches_neither_sampling_nor_noise(monkeypatch: pytest.Monkey
     purposes: list[str] = []
 
     class Watched(NoiseStream):
-        def __init__(self, secret: bytes, purpose: str, *, threads: int = 1) -> None:
+        def __init__(self, secret: bytes, purpose: str, **more: int) -> None:
             purposes.append(purpose)
-            super().__init__(secret, purpose, threads=threads)
+            super().__init__(secret, purpose, **more)
 
     monkeypatch.setattr(train, "NoiseStream", Watched)
     found = []

@@ -78,6 +78,8 @@ class Site:
     """Where updates leave under masks: the node's place among those that share them."""
     worker: int = 0
     """Which of several worker processes this is: it picks the GPU."""
+    idle: int = 0
+    """Cores that nothing else uses while the model trains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +185,7 @@ def _answering(record: RecordDict, site: Site, books: Books) -> _Node:
         if not site.policy.records_are_units and mechanism and mechanism.unit is Unit.RECORD:
             _check_units(dataset)
         _check_size(request, site.config, dataset.schema)
-        trainer = trainer_for(site.config, dataset.schema, worker=site.worker)
+        trainer = trainer_for(site.config, dataset.schema, worker=site.worker, idle=site.idle)
         weights = decode(request.arrays, trainer.template)
         check_trainer(trainer, site.config, dataset.schema, mechanism)
         commit = None
@@ -257,26 +259,26 @@ def refusal(
     )
 
 
-def trainer_for(config: RunConfig, schema: Schema, *, worker: int = 0) -> Trainer:
+def trainer_for(config: RunConfig, schema: Schema, *, worker: int = 0, idle: int = 0) -> Trainer:
     """This process's trainer for a run: the model and its hooks are built once.
 
     Its weights are whatever the last round left; every round loads its own.
     """
     key = (config_digest(config), repr(schema), f"{config.train.device} {worker}")
     if key not in _trainers:
-        _trainers[key] = new_trainer(config, schema, worker=worker)
+        _trainers[key] = new_trainer(config, schema, worker=worker, idle=idle)
         while len(_trainers) > _TRAINERS_KEPT:
             _trainers.popitem(last=False)
     return _trainers[key]
 
 
-def new_trainer(config: RunConfig, schema: Schema, *, worker: int = 0) -> Trainer:
+def new_trainer(config: RunConfig, schema: Schema, *, worker: int = 0, idle: int = 0) -> Trainer:
     """A trainer whose weights are the first ones of a run."""
     model = build_model(schema, config.model, vocabulary=config.data.vocabulary, seed=config.seed)
     device = pick_device(config.train.device, worker)
     task = Task.of(schema.target, config.model)
     loss = training_loss(task.loss, config.model.auxiliary, schema.target, len(schema.names))
-    return Trainer(model, loss, device)
+    return Trainer(model, loss, device, idle=idle)
 
 
 @lru_cache(maxsize=16)

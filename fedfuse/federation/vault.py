@@ -40,6 +40,7 @@ from fedfuse.federation.wire import CONFIG, TrainReply, TrainRequest, config_dig
 from fedfuse.privacy import disk
 from fedfuse.privacy.ledger import Ledger
 from fedfuse.privacy.signing import SigningKey
+from fedfuse.train import idle_cores
 
 __all__ = ["LOG", "STATUS", "Answered", "Vault", "serve"]
 
@@ -156,6 +157,7 @@ class Vault:
             index=data.node,
             name=self.name,
             seat=self._seat(config),
+            idle=idle_cores(),
         )
 
     def _masks(self, letter: Letter) -> StageReply:

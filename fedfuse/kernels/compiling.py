@@ -18,8 +18,17 @@ from pathlib import Path
 
 __all__ = ["LEVELS", "SOURCES", "compile_all", "fingerprint", "library_path"]
 
-SOURCES = {"normals": ("-ffp-contract=off",), "products": ("-ffp-contract=fast",)}
-"""What is compiled, and how multiplications and additions may be joined in it."""
+SOURCES = {
+    "normals": ("-ffp-contract=off",),
+    "norms": (
+        "-ffp-contract=fast",
+        "-fassociative-math",
+        "-fno-signed-zeros",
+        "-fno-trapping-math",
+    ),
+    "products": ("-ffp-contract=fast",),
+}
+"""What is compiled, and what liberty is taken with the order of operations in it."""
 
 LEVELS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DWIDTH=16"),

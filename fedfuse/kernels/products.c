@@ -1,13 +1,15 @@
 /* Products of two small matrices for each record, and their norms: what book-keeping adds to a plain
    backward pass. For one record, with its input x and its output gradient g,
 
-       outer   A^T G, (p, d): A (T, p) has what each output place of a convolution sees, its patch
-       gram    |A^T G|^2, without A^T G, as the sum of <a_t, a_u> <g_t, g_u> over all t and u
+       outer      A^T G, (p, d): A (T, p) has what each output place of a convolution sees, its patch
+       weighted   the sum of A^T G over the records, each times a factor
+       gram       |A^T G|^2, without A^T G, as the sum of <a_t, a_u> <g_t, g_u> over all t and u
 
    Patches are read where they lie in x, never written out. A sequence through a linear layer is a
    convolution whose kernel covers one place. WIDTH floats are in a register; sums over T are made in
    float32 as by any BLAS, squares are added up in float64. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -37,11 +39,20 @@ typedef struct {
     int64_t g_record, g_height, g_width, g_channel;
 } Shape;
 
+/* A layer's inputs and output gradients. Where `rows` is given, these records alone count. */
+typedef struct {
+    const Shape *s;
+    int64_t records;
+    const float *x, *g;
+    const int64_t *rows;
+} Pairs;
+
 typedef struct {
     const Shape *s;
     int64_t places, patch, columns; /* T, p, and d rounded up to whole registers */
     int64_t *base, *offset;         /* where a place's patch begins, and a number in a patch is */
     float *x, *g;                   /* a record's copy, where it can't be read as it lies */
+    const float *a, *b;             /* this record's x and g, ready to be read */
 } Work;
 
 static int begin(Work *w, const Shape *s) {
@@ -103,25 +114,22 @@ static void copy(int64_t height, int64_t width, int64_t n, const float *from, in
                     to[j * room + c] = from[j * by_width + c * by_n];
 }
 
-/* A record's x, with zeros around it and channels last. */
-static const float *input(Work *w, const float *x) {
+/* Makes record i ready: x with zeros around it and channels last, g as (T, columns). */
+static void ready(Work *w, const Pairs *pairs, int64_t i) {
     const Shape *s = w->s;
     int64_t line = s->padded_width * s->channels;
-    if (!w->x)
-        return x;
-    copy(s->height, s->width, s->channels, x, s->x_height, s->x_width, s->x_channel,
-         w->x + s->top * line + s->left * s->channels, line, s->channels);
-    return w->x;
-}
-
-/* A record's g, (T, columns). */
-static const float *gradient(Work *w, const float *g) {
-    const Shape *s = w->s;
-    if (!w->g)
-        return g;
-    copy(s->out_height, s->out_width, s->out_channels, g, s->g_height, s->g_width, s->g_channel,
-         w->g, s->out_width * w->columns, w->columns);
-    return w->g;
+    w->a = pairs->x + (pairs->rows ? pairs->rows[i] : i) * s->x_record;
+    w->b = pairs->g + (pairs->rows ? pairs->rows[i] : i) * s->g_record;
+    if (w->x) {
+        copy(s->height, s->width, s->channels, w->a, s->x_height, s->x_width, s->x_channel,
+             w->x + s->top * line + s->left * s->channels, line, s->channels);
+        w->a = w->x;
+    }
+    if (w->g) {
+        copy(s->out_height, s->out_width, s->out_channels, w->b, s->g_height, s->g_width,
+             s->g_channel, w->g, s->out_width * w->columns, w->columns);
+        w->b = w->g;
+    }
 }
 
 /* out[r][c] = sum over t of x[base[t] + AT] g[t][c], for r < rows and c < COLS * WIDTH; with `more`
@@ -158,46 +166,72 @@ PRODUCT(near_one, 1, r)
 PRODUCT(far_two, 2, offset[r])
 PRODUCT(far_one, 1, offset[r])
 
-/* For each of `records`: out (p, d) = A^T G, and its squared norm. Where `rows` is given, x is that
-   of these records; where `to` is given, out is. Returns 0, or 1 where memory is missing. */
-int outer(const Shape *s, int64_t records, const float *x, const int64_t *rows, const float *g,
-          float *out, const int64_t *to, int64_t out_record, double *squares) {
-    Work w;
-    if (!begin(&w, s)) {
-        end(&w);
-        return 1;
-    }
-    for (int64_t i = 0; i < records; i++) {
-        const float *a = input(&w, x + (rows ? rows[i] : i) * s->x_record);
-        const float *b = gradient(&w, g + i * s->g_record);
-        float *mine = out + (to ? to[i] : i) * out_record;
-        wide_vec square = {0};
-        for (int64_t n = 0, some; n < w.columns; n += some) {
-            int two = n + 2 * WIDTH <= w.columns;
-            some = two ? 2 * WIDTH : WIDTH;
-            int64_t cut = s->out_channels - n < some ? s->out_channels - n : 0;
-            for (int64_t p = 0; p < w.patch; p += ROWS) {
-                const int64_t *offset = w.offset + p;
-                int64_t lines = w.patch - p < ROWS ? w.patch - p : ROWS;
-                int near = lines == ROWS && offset[ROWS - 1] == offset[0] + ROWS - 1;
-                float part[ROWS * COLUMNS * WIDTH], *block = mine + p * s->out_channels + n;
-                vec found = {0};
-                for (int64_t t = 0; t < w.places; t += STRETCH)
-                    (near ? (two ? near_two : near_one) : (two ? far_two : far_one))(
-                        w.places - t < STRETCH ? w.places - t : STRETCH, w.base + t,
-                        near ? a + offset[0] : a, offset, b + t * w.columns + n, w.columns, t > 0,
-                        lines, cut ? part : block, cut ? some : s->out_channels, &found);
-                square += __builtin_convertvector(found, wide_vec);
-                for (int64_t r = 0; cut && r < lines; r++)
-                    memcpy(block + r * s->out_channels, part + r * some, cut * sizeof *part);
-            }
+/* out (p, d) = A^T G of the record that is ready, or, with `more`, out + A^T G; `squares`: of out, in
+   WIDTH parts. */
+static void product(const Work *w, int more, float *out, wide_vec *squares) {
+    int64_t d = w->s->out_channels;
+    *squares = (wide_vec){0};
+    for (int64_t n = 0, some; n < w->columns; n += some) {
+        int two = n + 2 * WIDTH <= w->columns;
+        some = two ? 2 * WIDTH : WIDTH;
+        int64_t cut = d - n < some ? d - n : 0; /* columns of a block that is not whole */
+        for (int64_t p = 0; p < w->patch; p += ROWS) {
+            const int64_t *offset = w->offset + p;
+            int64_t lines = w->patch - p < ROWS ? w->patch - p : ROWS;
+            int near = lines == ROWS && offset[ROWS - 1] == offset[0] + ROWS - 1;
+            float part[ROWS * COLUMNS * WIDTH], *block = out + p * d + n;
+            vec found = {0};
+            if (cut)
+                memset(part, 0, sizeof part);
+            for (int64_t r = 0; more && cut && r < lines; r++)
+                memcpy(part + r * some, block + r * d, cut * sizeof *part);
+            for (int64_t t = 0; t < w->places; t += STRETCH)
+                (near ? (two ? near_two : near_one) : (two ? far_two : far_one))(
+                    w->places - t < STRETCH ? w->places - t : STRETCH, w->base + t,
+                    near ? w->a + offset[0] : w->a, offset, w->b + t * w->columns + n, w->columns,
+                    more || t > 0, lines, cut ? part : block, cut ? some : d, &found);
+            *squares += __builtin_convertvector(found, wide_vec);
+            for (int64_t r = 0; cut && r < lines; r++)
+                memcpy(block + r * d, part + r * some, cut * sizeof *part);
         }
-        squares[i] = 0;
+    }
+}
+
+/* For each record: out (p, d) = A^T G, and its squared norm; where `to` is given, out is that of
+   these. Returns 0, or 1 where memory is missing, as the others do. */
+int outer(const Pairs *pairs, float *out, const int64_t *to, int64_t out_record, float *squares) {
+    Work w;
+    int failed = !begin(&w, pairs->s);
+    for (int64_t i = 0; !failed && i < pairs->records; i++) {
+        wide_vec square;
+        ready(&w, pairs, i);
+        product(&w, 0, out + (to ? to[i] : i) * out_record, &square);
+        double all = 0;
         for (int k = 0; k < WIDTH; k++)
-            squares[i] += square[k];
+            all += square[k];
+        squares[i] = all;
     }
     end(&w);
-    return 0;
+    return failed;
+}
+
+/* out (p, d) += the sum of factor times A^T G; a record with factor 0 is not looked at. */
+int weighted(const Pairs *pairs, const float *factors, float *out) {
+    Work w;
+    int failed = !begin(&w, pairs->s);
+    if (!failed && !w.g) /* there is always a copy, which is scaled */
+        failed = !(w.g = malloc(w.places * w.columns * sizeof *w.g));
+    for (int64_t i = 0; !failed && i < pairs->records; i++) {
+        wide_vec square;
+        if (factors[i] == 0)
+            continue;
+        ready(&w, pairs, i);
+        for (int64_t k = 0; k < w.places * w.columns; k++)
+            w.g[k] *= factors[i];
+        product(&w, 1, out, &square);
+    }
+    end(&w);
+    return failed;
 }
 
 /* sums[i][j] = <row i of a, row j of b>, in WIDTH parts; a row is `runs` of `length` floats. */
@@ -230,60 +264,60 @@ static inline __attribute__((always_inline)) void dots(const float *const *a, co
             sums[i][j] = sum[i][j];
 }
 
-static float total(vec v) {
-    float sum = 0;
-    for (int k = 0; k < WIDTH; k++)
-        sum += v[k];
-    return sum;
+static inline float total(vec v) {
+    typedef float quarter __attribute__((vector_size(16)));
+#if WIDTH == 16
+    typedef float half __attribute__((vector_size(32)));
+    half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    vec h = v;
+#endif
+    quarter q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+    return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-/* For each of `records`: |A^T G|^2, and `reach`, the sum over t of |a_t| |g_t|, which rounding errors
-   are a share of. Returns 0, or 1 where memory is missing. */
-int gram(const Shape *s, int64_t records, const float *x, const int64_t *rows, const float *g,
-         double *squares, double *reach) {
+/* For each record |A^T G|^2, rounded up: where terms cancel, rounding could make their sum too small,
+   and it is raised by what rounding can do to so many as large as the sum over t of |a_t| |g_t|. */
+int gram(const Pairs *pairs, float *squares) {
+    const Shape *s = pairs->s;
     Work w;
-    if (!begin(&w, s)) {
-        end(&w);
-        return 1;
-    }
+    int failed = !begin(&w, s);
     /* A patch is runs of floats that lie side by side: lines of the kernel, or its places. */
-    int lines = s->dilation_width == 1;
-    int64_t length = s->channels * (lines ? s->kernel_width : 1);
-    int64_t across = lines ? 1 : s->kernel_width;
+    int whole = s->dilation_width == 1;
+    int64_t length = s->channels * (whole ? s->kernel_width : 1);
+    int64_t across = whole ? 1 : s->kernel_width, right = s->dilation_width * s->channels;
     int64_t down = s->dilation_height * s->padded_width * s->channels;
-    for (int64_t n = 0; n < records; n++) {
-        const float *a = input(&w, x + (rows ? rows[n] : n) * s->x_record);
-        const float *b = gradient(&w, g + n * s->g_record);
+    for (int64_t n = 0; !failed && n < pairs->records; n++) {
         double square = 0, reached = 0;
+        ready(&w, pairs, n);
         for (int64_t i = 0; i < w.places; i += TILE_I)
             for (int64_t j = i; j < w.places; j += TILE_J) {
                 const float *ai[TILE_I], *bi[TILE_I], *aj[TILE_J], *bj[TILE_J];
                 for (int k = 0; k < TILE_I; k++) {
                     int64_t t = i + k < w.places ? i + k : i;
-                    ai[k] = a + w.base[t];
-                    bi[k] = b + t * w.columns;
+                    ai[k] = w.a + w.base[t];
+                    bi[k] = w.b + t * w.columns;
                 }
                 for (int k = 0; k < TILE_J; k++) {
                     int64_t u = j + k < w.places ? j + k : j;
-                    aj[k] = a + w.base[u];
-                    bj[k] = b + u * w.columns;
+                    aj[k] = w.a + w.base[u];
+                    bj[k] = w.b + u * w.columns;
                 }
                 vec aa[TILE_I][TILE_J], gg[TILE_I][TILE_J], sum = {0};
                 dots(bi, bj, 1, w.columns, 0, gg);
-                if (across == 1)
-                    dots(ai, aj, s->kernel_height, length, down, aa);
-                else
-                    for (int64_t r = 0; r < across; r++) {
-                        vec more[TILE_I][TILE_J];
-                        dots(ai, aj, s->kernel_height, length, down, r ? more : aa);
-                        for (int k = 0; k < TILE_I; k++)
-                            for (int l = 0; l < TILE_J; l++)
-                                aa[k][l] += r ? more[k][l] : (vec){0};
-                        for (int k = 0; k < TILE_I; k++)
-                            ai[k] += s->dilation_width * s->channels;
-                        for (int k = 0; k < TILE_J; k++)
-                            aj[k] += s->dilation_width * s->channels;
-                    }
+                dots(ai, aj, s->kernel_height, length, down, aa);
+                for (int64_t r = 1; r < across; r++) {
+                    vec more[TILE_I][TILE_J];
+                    for (int k = 0; k < TILE_I; k++)
+                        ai[k] += right;
+                    for (int l = 0; l < TILE_J; l++)
+                        aj[l] += right;
+                    dots(ai, aj, s->kernel_height, length, down, more);
+                    for (int k = 0; k < TILE_I; k++)
+                        for (int l = 0; l < TILE_J; l++)
+                            aa[k][l] += more[k][l];
+                }
                 for (int k = 0; k < TILE_I; k++)
                     for (int l = 0; l < TILE_J; l++) {
                         int64_t t = i + k, u = j + l;
@@ -296,9 +330,19 @@ int gram(const Shape *s, int64_t records, const float *x, const int64_t *rows, c
                     }
                 square += total(sum);
             }
-        squares[n] = square;
-        reach[n] = reached;
+        square += reached * reached * (FLT_EPSILON / 2);
+        squares[n] = square < 0 ? 0 : square; /* what is not a number stays so */
     }
     end(&w);
-    return 0;
+    return failed;
+}
+
+/* For each record of g, `numbers` floats side by side, whether all of them are zero. */
+void silent(const float *g, int64_t records, int64_t numbers, uint8_t *found) {
+    for (int64_t i = 0; i < records; i++, g += numbers) {
+        int64_t k = 0;
+        while (k < numbers && g[k] == 0)
+            k++;
+        found[i] = k == numbers;
+    }
 }

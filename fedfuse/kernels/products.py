@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,11 +12,21 @@ import torch
 from torch import Tensor
 
 from fedfuse.kernels.library import library
+from fedfuse.kernels.threads import shared
 
-__all__ = ["Windows", "fits", "gram_squares", "outer_products", "tiles"]
+__all__ = [
+    "LONG",
+    "Windows",
+    "add_weighted",
+    "fits",
+    "gram_squares",
+    "outer_products",
+    "silent_records",
+    "tiles",
+]
 
-_WORTH_SHARING = 1 << 22
-"""Multiplications from which several threads are asked; handing over takes some 50 microseconds."""
+LONG = 8
+"""Places from which `add_weighted` is worth it: it fetches and stores its sum for each record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +52,33 @@ class _Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in _SIZES]
 
 
+class _Pairs(ctypes.Structure):
+    _fields_ = [
+        ("shape", ctypes.POINTER(_Shape)),
+        ("records", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("g", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+    ]
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether there are kernels, and for such tensors."""
     right = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
     return right and library("products") is not None
+
+
+def silent_records(g: Tensor) -> Tensor | None:
+    """(B,) bool: which records of g (B, ...) are zero throughout; None where it can't be seen."""
+    dense = g.is_contiguous() or (
+        g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not dense or not fits(g):
+        return None
+    found = torch.empty(len(g), dtype=torch.bool)
+    numbers = g.numel() // max(1, len(g))
+    _call("silent")(g.data_ptr(), len(g), numbers, found.data_ptr())
+    return found
 
 
 def tiles(p: int, d: int) -> int:
@@ -67,51 +98,68 @@ def outer_products(
     """Writes each record's gradient of a weight, input by output; returns its squared norm (n,).
 
     x     (B, C, H, W), the input
-    g     (n, O, H', W'), the gradient of the output
+    g     (B, O, H', W'), the gradient of the output
     out   (R, kernel height * kernel width * C * O), numbers of a row side by side
-    rows  (n,) int64: the records of x that they are; None: the first n
+    rows  (n,) int64: the records that are wanted; None: all B
     to    (n,) int64: the rows of out that they take; None: the first n
 
     Raises MemoryError.
     """
     assert out.stride(1) == 1
-    squares = torch.empty(len(g), dtype=torch.float64)
-    shape = _shape(x, g, windows)
+    squares = torch.empty(len(g if rows is None else rows))
 
-    def some(start: int, stop: int) -> int:
-        return int(
-            _call("outer")(
-                shape, stop - start, *_from(start, x, rows), g[start:].data_ptr(),
-                *_from(start, out, to), out.stride(0), squares[start:].data_ptr(),
-            )
-        )  # fmt: skip
+    def some(pairs: _Pairs, start: int) -> int:
+        base, numbers = _from(start, out, to)
+        return int(_call("outer")(pairs, base, numbers, out.stride(0), squares[start:].data_ptr()))
 
-    _shared(some, len(g), g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1])
-    return squares.float()
+    _shared(some, x, g, windows, rows)
+    return squares
+
+
+def add_weighted(
+    x: Tensor,
+    g: Tensor,
+    windows: Windows,
+    *,
+    factors: Tensor,
+    out: Tensor,
+    rows: Tensor | None = None,
+) -> None:
+    """Adds to `out` the sum of factor times gradient, as `outer_products` would write those.
+
+    factors  (n,); a record with factor 0 adds nothing, whatever its numbers are
+    out      (kernel height * kernel width * C * O,), side by side
+
+    Raises MemoryError.
+    """
+    assert out.is_contiguous()
+    factors = factors.contiguous()
+    sums = [out]
+
+    def some(pairs: _Pairs, start: int) -> int:
+        mine = out if start == 0 else torch.zeros_like(out)
+        failed = int(_call("weighted")(pairs, factors[start:].data_ptr(), mine.data_ptr()))
+        if start:
+            sums.append(mine)
+        return failed
+
+    _shared(some, x, g, windows, rows)
+    for other in sums[1:]:
+        out += other
 
 
 def gram_squares(x: Tensor, g: Tensor, windows: Windows, *, rows: Tensor | None = None) -> Tensor:
     """(n,) squared norms of what `outer_products` would write, rounded up, never down.
 
-    Where terms cancel, rounding could make a sum too small: it is raised by what rounding can do.
     Raises MemoryError.
     """
-    squares, reach = torch.empty((2, len(g)), dtype=torch.float64)
-    shape = _shape(x, g, windows)
+    squares = torch.empty(len(g if rows is None else rows))
 
-    def some(start: int, stop: int) -> int:
-        return int(
-            _call("gram")(
-                shape, stop - start, *_from(start, x, rows), g[start:].data_ptr(),
-                squares[start:].data_ptr(), reach[start:].data_ptr(),
-            )
-        )  # fmt: skip
+    def some(pairs: _Pairs, start: int) -> int:
+        return int(_call("gram")(pairs, squares[start:].data_ptr()))
 
-    places = shape.out_height * shape.out_width
-    _shared(some, len(g), g.numel() * places)
-    slack = reach.square_().mul_(torch.finfo(torch.float32).eps / 2)
-    raised: Tensor = squares.add_(slack).clamp_(min=0).float()
-    return raised
+    _shared(some, x, g, windows, rows)
+    return squares
 
 
 def _shape(x: Tensor, g: Tensor, windows: Windows) -> _Shape:
@@ -131,28 +179,34 @@ def _from(start: int, data: Tensor, rows: Tensor | None) -> tuple[int, int | Non
     return data.data_ptr(), rows[start:].data_ptr()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _call(name: str) -> Any:
     kernel = getattr(library("products"), name)
-    many, at = ctypes.c_int64, ctypes.c_void_p
-    rest = [at, at, at, many, at] if name == "outer" else [at, at, at]
-    kernel.argtypes = [ctypes.POINTER(_Shape), many, at, at, *rest]
+    at: Any = ctypes.c_void_p
+    many, pairs = ctypes.c_int64, ctypes.POINTER(_Pairs)
+    kernel.argtypes = {
+        "outer": [pairs, at, at, many, at],
+        "weighted": [pairs, at, at],
+        "gram": [pairs, at],
+        "silent": [at, many, many, at],
+    }[name]
     return kernel
 
 
-def _shared(some: Callable[[int, int], int], records: int, work: int) -> None:
-    """Runs `some(start, stop)` over all records, by torch's number of threads where it pays."""
-    threads = min(torch.get_num_threads(), records)
-    if threads < 2 or work < _WORTH_SHARING:
-        failed = some(0, records)
-    else:
-        ends = [records * i // threads for i in range(threads + 1)]
-        failed = max(_pool(os.getpid(), threads).map(some, ends[:-1], ends[1:]))
-    if failed:
-        raise MemoryError("no memory for the products of a layer's input and gradient")
+def _shared(
+    some: Callable[[_Pairs, int], int], x: Tensor, g: Tensor, windows: Windows, rows: Tensor | None
+) -> None:
+    """Runs `some(records from start on, start)` for all, by several threads where it pays."""
+    shape = _shape(x, g, windows)
 
+    def run(start: int, stop: int) -> int:
+        base, numbers = _from(start, x, rows)
+        slopes, _ = _from(start, g, rows)
+        pairs = _Pairs(ctypes.pointer(shape), stop - start, base, slopes, numbers)
+        return some(pairs, start)
 
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Made anew in a forked process, which has none of the threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
+    shared(
+        run,
+        len(g if rows is None else rows),
+        g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1],
+    )

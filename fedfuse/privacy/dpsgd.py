@@ -161,10 +161,11 @@ class PrivateOptimizer:
         self._count = 0.0
 
     def begin(self) -> None:
-        """Begins a step: all sums are zero."""
+        """Begins a step: all sums are zero; where it is of use, its noise begins to be made."""
         self._sums.clear()
         for p, view in zip(self.params, self._sums.views, strict=True):
             p.grad, p.grad_sample, p.summed_grad = None, None, view
+        self._sums.make_noise(self.stream, self._std(), after=1 if self.count_noise else 0)
 
     def accumulate(self, owners: Tensor | None = None) -> None:
         """Adds the clipped sum of ``p.grad_sample`` to ``p.summed_grad`` and drops the former.
@@ -213,7 +214,7 @@ class PrivateOptimizer:
 
         It is computed from records without noise: it stays on the node.
         """
-        std = self.noise_multiplier * self.max_grad_norm
+        std = self._std()
         norms = torch.stack(torch._foreach_norm([p.summed_grad for p in self.params]))
         power = norms.double().square().tolist()
         found = {}
@@ -222,12 +223,16 @@ class PrivateOptimizer:
             found[part.name] = sum(power[i] for i in part.places) / (std**2 * max(1, numbers))
         return found
 
+    def _std(self) -> float:
+        """sigma C, the deviation of a step's noise."""
+        return self.noise_multiplier * self.max_grad_norm
+
     def add_noise(self) -> None:
         """``p.grad = p.summed_grad + N(0, (sigma C)^2)``, in float64, cut to the model's dtype."""
         for p, view in zip(self.params, self._sums.views, strict=True):
             if p.summed_grad is not view:
                 view.copy_(p.summed_grad)
-        self._sums.add_noise(self.stream, self.noise_multiplier * self.max_grad_norm)
+        self._sums.add_noise(self.stream, self._std())
         for p, view in zip(self.params, self._sums.views, strict=True):
             p.grad, p.summed_grad = view, None
 

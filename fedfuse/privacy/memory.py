@@ -86,7 +86,7 @@ def _measured(model: nn.Module, batch: Batch, loss: Loss, optimizer: str, clippi
                 noise_multiplier=1.0,
                 clip_norm=1.0,
                 expected_batch=1.0,
-                stream=NoiseStream(bytes(32), "noise"),
+                stream=NoiseStream(bytes(32), "noise", idle=1),  # the most that noise may take
             )
             for _ in range(2):  # the optimizer's state comes with the first one
                 private_step(ready, private, batch, loss, physical_batch=len(batch))

@@ -6,7 +6,8 @@ noise come from ChaCha20 (RFC 8439) under a 256-bit secret, used for one node in
 
 Guarantees
     Two streams with different (secret, purpose) are independent as far as anyone can tell who
-    cannot break ChaCha20 or BLAKE2b. A stream never repeats.
+    cannot break ChaCha20 or BLAKE2b. A stream never repeats: no number is added to two sums, also
+    where numbers are made ahead of the sum that they are for (see `NoiseStream`).
     Normals are sums of eight over sqrt(8) (Holohan and Braghin 2021, arXiv:2107.10138v4, section
     5.1, add up four), made in float64: the low bits of one addition don't give the noise away
     (Mironov 2012). Of eight complex normals z come seven outputs, H z / sqrt(8) with seven rows of
@@ -22,9 +23,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import secrets
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedfuse.kernels.normals import add_normals
+from fedfuse.privacy.pieces import Pieces
 
 __all__ = ["NoiseStream", "round_secret"]
 
@@ -64,6 +66,8 @@ _BLOCK = 24576
 """Complex normals made at once: what they need stays in a core's cache."""
 _PIECE = 4 * 14 * (_BLOCK // 8)
 """Normals that a thread makes before it looks for more to do, where there are several threads."""
+_WORTH = 100_000
+"""Normals that take so long (0.4 to 0.7 ms) that making them ahead is worth handing them over."""
 _CIPHER_BLOCK = 64
 _PAIR = 16
 """Bytes of the key stream that a complex normal takes."""
@@ -72,17 +76,29 @@ _PAIR = 16
 class NoiseStream:
     """Uniform and normal numbers from one secret, for one purpose ("sampling", "noise").
 
-    With several `threads` they make the normals together, and make the same ones.
+    threads  make the normals together when they are asked for; idle: cores that nothing else uses
+             meanwhile, on which `make_ahead` can work. The numbers are the same, whatever both are
+
+    Why no number is given out twice: a number follows from the key and from its place in the key
+    stream, and whoever asks is given the next place. That place only grows, and moves before a
+    number is made or added. What was made ahead is marked with the place, the count and the
+    deviation that it was made for, so only the call that would have made it right then finds it,
+    and takes it out before it adds it. So a step that breaks off before its noise is added leaves
+    behind numbers that are in no sum yet; one that breaks off while it is added has used them up;
+    and two steps on one stream have two places, whichever was begun first. Not covered: copies of
+    a stream, by fork or otherwise, which would give the same numbers; nothing here makes one.
     """
 
-    def __init__(self, secret: bytes, purpose: str, *, threads: int = 1) -> None:
+    def __init__(self, secret: bytes, purpose: str, *, threads: int = 1, idle: int = 0) -> None:
         self._key = hashlib.blake2b(
             purpose.encode(), key=secret, digest_size=SECRET_BYTES, person=b"fedfuse/stream"
         ).digest()
-        self._threads = threads
+        self._threads, self._idle = threads, idle
         self._used = 0
         """Bytes of the key stream; none of them is used again."""
         self._source = _Source(self._key, 0)
+        self._ahead: _Ahead | None = None
+        self._buffer: Tensor | None = None
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """(count,) float64 in [0, 1), 53 random bits each."""
@@ -99,11 +115,55 @@ class NoiseStream:
         self._add(out, std)
         return torch.from_numpy(out)
 
+    def make_ahead(self, values: Tensor, std: float, *, after: int = 0) -> None:
+        """Begins to make what ``add_normal(values, std)`` will add, once `after` normals have been
+        drawn by one call before it.
+
+        Returns at once. Does nothing for few `values`, nor where all cores have work: for values on
+        a GPU one thread at least is free, else as many as are `idle`. Takes 8 bytes a value. They
+        are kept for the next time, and hold the noisy sum once `add_normal` has used them; beside
+        a GPU they are pinned, and go back to torch, which hands them out again.
+        """
+        on_gpu = values.device.type == "cuda"
+        helpers = max(self._idle, self._threads - 1, 1) if on_gpu else self._idle
+        if helpers == 0 or len(values) < _WORTH:
+            return
+        first = self._used + _bytes_of(after)
+        place = _Place(first=first, count=len(values), std=std, process=os.getpid())
+        if self._ahead is not None:
+            if self._ahead.place == place:
+                return  # of a step that was broken off
+            self._ahead.pieces.cancel()
+        numbers, self._buffer = self._buffer, None
+        if numbers is None or len(numbers) != len(values):
+            numbers = torch.empty(len(values), dtype=torch.float64, pin_memory=on_gpu)
+        target = numbers.numpy()
+
+        def make(start: int) -> None:
+            part = target[start : start + _PIECE]
+            part[:] = 0
+            self._at(first, start).add_normals(part, std)
+
+        pieces = Pieces(make, range(0, len(values), _PIECE), helpers)
+        self._ahead = _Ahead(place=place, numbers=numbers, pieces=pieces)
+
     def add_normal(self, values: Tensor, std: float) -> None:
         """Adds a normal of deviation `std` to each of `values` (N,), in float64, in place.
 
         The same numbers as `normal` would give; the sum is cut to the dtype of `values`.
         """
+        place = _Place(first=self._used, count=len(values), std=std, process=os.getpid())
+        ahead = self._ahead
+        if ahead is not None and ahead.place == place:
+            self._ahead = None
+            self._move(len(values))
+            ahead.pieces.finish(self._threads - 1)
+            noise = ahead.numbers.to(values.device, non_blocking=True)
+            values.copy_(noise.add_(values))
+            if noise is ahead.numbers:
+                self._buffer = noise
+            # Else a GPU may still be reading them: torch reuses pinned memory once it has.
+            return
         if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
             noise = self.normal(len(values), std).to(values.device)
             values.copy_(noise.add_(values))
@@ -112,28 +172,52 @@ class NoiseStream:
 
     def _add(self, values: NDArray[Any], std: float) -> None:
         count = len(values)
-        first = self._used
-        self._used += _bytes_of(count)
         if self._threads == 1 or count <= _PIECE:
+            self._used += _bytes_of(count)
             self._source.add_normals(values, std)
             return
+        first = self._move(count)
 
         def add(start: int) -> None:
-            source = _Source(self._key, first + _bytes_of(start))
-            source.add_normals(values[start : start + _PIECE], std)
+            self._at(first, start).add_normals(values[start : start + _PIECE], std)
 
-        list(_pool(self._threads).map(add, range(0, count, _PIECE)))
+        Pieces(add, range(0, count, _PIECE), self._threads - 1).finish()
+
+    def _move(self, count: int) -> int:
+        """The place of the next `count` normals, which are the caller's from now on."""
+        first = self._used
+        self._used += _bytes_of(count)
         self._source = _Source(self._key, self._used)
+        return first
+
+    def _at(self, first: int, start: int) -> _Source:
+        """Gives the normals from number `start` on of those that begin at `first`."""
+        return _Source(self._key, first + _bytes_of(start))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """What normals are: from which byte of the key stream on, how many, of which deviation."""
+
+    first: int
+    count: int
+    std: float
+    process: int
+    """Threads of another process make nothing in this one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ahead:
+    """Normals that are being made, or are there, before somebody asks for them."""
+
+    place: _Place
+    numbers: Tensor
+    pieces: Pieces
 
 
 def _bytes_of(normals: int) -> int:
     """Of the key stream, what so many normals take: for fourteen of them, eight pairs."""
     return -(-normals // 14) * 8 * _PAIR
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="noise")
 
 
 class _Source:

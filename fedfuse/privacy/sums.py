@@ -39,6 +39,14 @@ class Sums:
         for block in self.blocks:
             block.zero_()
 
+    def make_noise(self, stream: NoiseStream, std: float, *, after: int = 0) -> None:
+        """Lets `stream` make ahead what `add_noise` will add, once `after` normals are drawn.
+
+        Does nothing where parameters are of several dtypes or devices.
+        """
+        if len(self.blocks) == 1:
+            stream.make_ahead(self.blocks[0], std, after=after)
+
     def add_noise(self, stream: NoiseStream, std: float) -> None:
         """Adds N(0, std^2) to each number, in float64, cut to its dtype."""
         for block in self.blocks:

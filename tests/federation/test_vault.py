@@ -10,13 +10,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
 from fedfuse.config import RunConfig
+from fedfuse.errors import PrivacyError
+from fedfuse.federation import node
 from fedfuse.federation import vault as vaults
 from fedfuse.federation.client import make_client_app
 from fedfuse.federation.door import Door
@@ -102,6 +104,28 @@ def test_the_update_is_that_of_a_simulated_node(
     while not told:
         threading.Event().wait(0.05)
     assert [(a.status, a.epsilon) for a in told] == [("ok", None)]
+
+
+def test_a_real_node_takes_cores_that_torch_leaves_and_a_simulated_one_none(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a simulation share all cores out."""
+    clinic = Clinic.open(tmp_path / "clinic", config)
+    monkeypatch.setattr(vaults, "idle_cores", lambda: 5)
+    taken: list[int] = []
+
+    def trainer_for(*_: object, idle: int, **named: object) -> NoReturn:
+        taken.append(idle)
+        raise PrivacyError("enough")
+
+    monkeypatch.setattr(node, "trainer_for", trainer_for)
+    asked = clinic.request().to_record()
+    clinic.answer(asked)
+    simulated = make_client_app(config, str(clinic.folder / "store"))
+    message = with_id(Message(RecordDict(), dst_node_id=1, message_type="train"))
+    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
+    simulated(received(asked, message.metadata), context)
+    assert taken == [5, 0]
 
 
 def test_each_answer_is_told_and_left_for_the_operator_alone(

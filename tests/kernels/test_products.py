@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedfuse.kernels import products
-from fedfuse.kernels.products import Windows, gram_squares, outer_products
+from fedfuse.kernels import threads as threads_of
+from fedfuse.kernels.products import (
+    Windows,
+    add_weighted,
+    gram_squares,
+    outer_products,
+    silent_records,
+)
 from tests.kernels.levels import LEVELS, load
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not compiled here")
@@ -66,7 +73,11 @@ def _agree(
     rows = to = None
     if chosen:
         rows, to = torch.randperm(records + 2)[:records], torch.randperm(records + 1)[:records]
-    mine = x[:records] if rows is None else x[rows]
+    if rows is None:
+        x, mine, slopes = x[:records], x[:records], g
+    else:
+        mine, slopes = x[rows], g
+        g = torch.full((records + 2, *g.shape[1:]), float("nan")).index_copy(0, rows, g)
     if last[0]:
         x = x.contiguous(memory_format=torch.channels_last)
     if last[1]:
@@ -75,10 +86,14 @@ def _agree(
     room = torch.full((records + 1, layer.weight.numel() + 5), 7.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        patch.setattr(products, "_WORTH_SHARING", 0)
+        patch.setattr(threads_of, "_WORTH_SHARING", 0)
         squares = outer_products(x, g, windows, out=room[:, 2:-3], rows=rows, to=to)
         again = gram_squares(x, g, windows, rows=rows)
-    true = expected(layer, mine, g).flatten(1)
+        factors = torch.rand(records)
+        factors[0] = 0
+        total = torch.ones(layer.weight.numel())
+        add_weighted(x, g, windows, factors=factors, out=total, rows=rows)
+    true = expected(layer, mine, slopes).flatten(1)
     # Each number to some roundings of the largest that could stand there.
     scale = float(true.abs().max()) + 1e-30
     taken = torch.arange(records) if to is None else to
@@ -88,6 +103,8 @@ def _agree(
     assert bool((room[left] == 7).all())
     assert bool((room[:, :2] == 7).all())
     assert bool((room[:, -3:] == 7).all())
+    wanted = 1 + (factors[:, None] * true).sum(0)
+    assert float((total - wanted).abs().max()) <= 1e-5 * max(1.0, records * scale)
     lengths = true.square().sum(1)
     most = float(lengths.max()) + 1e-30
     assert float((squares - lengths).abs().max()) <= 1e-5 * most
@@ -137,6 +154,27 @@ def test_a_record_that_is_not_finite_has_no_finite_norm_and_touches_no_other(
         x[1, 2, 0, 3] = 1.0
 
 
+def test_a_record_with_factor_0_adds_nothing_whatever_its_numbers_are(level: str) -> None:
+    torch.manual_seed(0)
+    a, g = torch.randn(3, 20, 1, 9), torch.randn(3, 35, 1, 9)
+    a[1], g[1, :, 0, 2] = float("nan"), float("inf")
+    total = torch.zeros(20 * 35)
+    add_weighted(a, g, Windows(), factors=torch.tensor([2.0, 0.0, 0.5]), out=total)
+    whole = torch.einsum("bphw,bdhw->bpd", a, g)
+    assert torch.allclose(total.view(20, 35), 2 * whole[0] + 0.5 * whole[2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_record_is_silent_where_all_its_numbers_are_zero(level: str) -> None:
+    g = torch.zeros(5, 3, 4, 2)
+    g[0, 2, 3, 1], g[2, 0, 0, 0], g[4] = 1e-40, float("nan"), -0.0
+    for some in (g, g.contiguous(memory_format=torch.channels_last), g[0:0]):
+        found = silent_records(some)
+        assert found is not None
+        assert found.tolist() == [False, True, False, True, True][: len(some)]
+    assert silent_records(g[:, :, 1:]) is None
+    assert silent_records(g.double()) is None
+
+
 def test_no_record_is_no_work(level: str) -> None:
     a, g = torch.randn(0, 3, 1, 4), torch.randn(0, 2, 1, 4)
     assert outer_products(a, g, Windows(), out=torch.empty(0, 6)).shape == (0,)
@@ -155,5 +193,5 @@ def test_memory_that_is_missing_is_an_error(level: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(products, "_call", lambda name: refuses)
     a = torch.randn(1, 3, 1, 4)
-    with pytest.raises(MemoryError, match="no memory for the products"):
+    with pytest.raises(MemoryError, match="no memory for the arithmetic"):
         outer_products(a, a, Windows(), out=torch.empty(1, 9))

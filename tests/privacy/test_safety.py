@@ -14,6 +14,7 @@ from fedfuse.batch import Batch
 from fedfuse.errors import ModelError
 from fedfuse.models.made import made_batch
 from fedfuse.models.spec import FUSIONS
+from fedfuse.privacy import noise
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.memory import peak_of_step
 from fedfuse.privacy.safety import Finding, check, refuse
@@ -206,3 +207,15 @@ def test_peak_of_a_step_is_what_its_tensors_take() -> None:
     held = 4 * width * 4
     assert 2 * held <= peak.per_record <= 8 * held
     assert peak.at(100) == peak.fixed + 100 * peak.per_record
+
+
+def test_noise_that_is_made_ahead_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float64 a parameter, for as long as the node trains."""
+    width = 400
+    model = Net(lambda n, x: n.out(x).square().sum(2), out=nn.Linear(width, width, bias=False))
+    found = []
+    for worth in (width * width, width * width + 1):
+        monkeypatch.setattr(noise, "_WORTH", worth)
+        peak = peak_of_step(model, batch_of(8, 4, width), lambda outputs, target: outputs.sum(1))
+        found.append(peak.fixed)
+    assert found[0] - found[1] == 8 * width * width

@@ -45,7 +45,7 @@ class ConvLayer(Layer):
         return super().run(x)
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
-        """Each call is (x (B, C, ...), g (n, O, ...), sums of g (n, O), live (n,) or nothing)."""
+        """Each call is (x (B, C, ...), g (B, O, ...), sums of g (n, O), live (n,) or nothing)."""
         m: Any = self.module
         place = self.places.get("weight")
         for x, g, sums, *rest in kept:
@@ -62,7 +62,8 @@ class ConvLayer(Layer):
             elif self.alone and len(kept) == 1 and (windows := self.windows(x, g)) is not None:
                 self._written(book, place, windows, x, g, live)
             else:
-                x = x if live is None else _rows(x, live)
+                if live is not None:
+                    x, g = _rows(x, live), _rows(g, live)
                 book.instantiate(place, *self._instantiated(book, place, x, g, live))
 
     def windows(self, x: Tensor, g: Tensor) -> products.Windows | None:
@@ -79,10 +80,8 @@ class ConvLayer(Layer):
         self, book: Book, place: int, windows: products.Windows, x: Tensor, g: Tensor,
         live: Tensor | None,
     ) -> None:  # fmt: skip
-        dims = g.dim() - 2
-        order = (dims + 1, dims, *range(dims))  # of (kernel, C, O)
         book.write(
-            place, live, order,
+            place, live, _order(g.dim() - 2),
             lambda out, to: products.outer_products(
                 _picture(x), _picture(g), windows, out=out, rows=live, to=to
             ),
@@ -131,11 +130,13 @@ class ConvEntry:
     def __init__(
         self, place: int, layer: ConvLayer, x: Tensor, g: Tensor, live: Tensor | None
     ) -> None:
-        """x of all records, g of those that `live` numbers."""
+        """x and g of all records, of which those count that `live` numbers."""
         self.place, self.layer, self.x, self.g, self.live = place, layer, x, g, live
 
-    def _x(self) -> Tensor:
-        return self.x if self.live is None else _rows(self.x, self.live)
+    def _counting(self) -> tuple[Tensor, Tensor]:
+        if self.live is None:
+            return self.x, self.g
+        return _rows(self.x, self.live), _rows(self.g, self.live)
 
     def squares(self, owners: Owners | None) -> Tensor:
         windows = self.layer.windows(self.x, self.g)
@@ -143,7 +144,8 @@ class ConvEntry:
             x, g = _picture(self.x), _picture(self.g)
             return products.gram_squares(x, g, windows, rows=self.live)
         m: Any = self.layer.module
-        x, g = self._x(), _by_place(self.g)
+        x, g = self._counting()
+        g = _by_place(g)
         if owners is not None:
             a = patches(x, m, self.layer.padding)
             return gram_squares(owners.side_by_side(a), owners.side_by_side(g))
@@ -151,7 +153,17 @@ class ConvEntry:
         return torch.cat(found) if found else g.new_zeros(0)
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
-        x, g = self._x(), self.g
+        windows = self.layer.windows(self.x, self.g)
+        if windows is not None and self.g[0].numel() >= products.LONG * self.g.shape[1]:
+            total = torch.zeros_like(out).view(-1)
+            x, g = _picture(self.x), _picture(self.g)
+            products.add_weighted(x, g, windows, factors=factors, out=total, rows=self.live)
+            order = _order(out.dim() - 2)
+            out.add_(
+                total.view([out.shape[order.index(i)] for i in range(out.dim())]).permute(order)
+            )
+            return
+        x, g = self._counting()
         extra = (1,) * (x.dim() - 1)
         if broken is not None:
             x = x.masked_fill(broken.view(-1, *extra), 0)
@@ -182,6 +194,11 @@ def _two(sizes: Any, one: int) -> tuple[int, int]:
     """Height and width; of a convolution over time, which is `one` high, time is the width."""
     height, width = (one, *sizes) if len(sizes) == 1 else sizes
     return int(height), int(width)
+
+
+def _order(dims: int) -> tuple[int, ...]:
+    """How (kernel, C, O), as the kernels write it, is permuted to (O, C, kernel)."""
+    return (dims + 1, dims, *range(dims))
 
 
 def _picture(x: Tensor) -> Tensor:
@@ -266,7 +283,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: ConvLayer) -> Tensor:
         m: Any = layer.module
-        ctx.layer, ctx.dtype, ctx.rows = layer, x.dtype, len(x)
+        ctx.layer, ctx.dtype = layer, x.dtype
         x = x.to(compute_dtype(x))
         ctx.save_for_backward(x)
         conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(layer.padding) - 1]
@@ -279,15 +296,18 @@ class _Conv(torch.autograd.Function):
             g = g.contiguous(memory_format=torch.channels_last)
         sums = _by_place(g).sum(1)
         live = live_rows(g, sums)
-        if live is not None:
-            g, sums = _rows(g, live), sums[live]
         back = None
         if ctx.needs_input_grad[0]:
+            few = live is not None and len(live) * 2 < len(g)  # then a copy is worth it
+            some = _rows(g, live) if live is not None and few else g
             # Of x the shape counts alone.
-            back = _backward(g, x[: len(g)], ctx.layer, (True, False))[0].to(ctx.dtype)
-            if live is not None:
-                back = _spread(back, live, ctx.rows)
-        ctx.layer.keep(x, g, sums, *(() if live is None else (live,)))
+            back = _backward(some, x[: len(some)], ctx.layer, (True, False))[0].to(ctx.dtype)
+            if live is not None and few:
+                back = _spread(back, live, len(g))
+        if live is None:
+            ctx.layer.keep(x, g, sums)
+        else:
+            ctx.layer.keep(x, g, sums[live], live)
         return back, None, None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import ModelError
+from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book
 
 __all__ = ["Layer", "Pass", "compute_dtype", "live_rows"]
@@ -130,9 +131,11 @@ def live_rows(g: Tensor, sums: Tensor) -> Tensor | None:
     """
     if g.numel() < _WORTH_A_LOOK:
         return None
-    silent = (sums == 0).all(1)
-    count = int(silent.sum())
-    if count * 4 < len(g) or bool(g[silent].any()):
+    silent = products.silent_records(g)
+    sure = silent is not None
+    if silent is None:
+        silent = (sums == 0).all(1)
+    if int(silent.sum()) * 4 < len(g) or (not sure and bool(g[silent].any())):
         return None
     return torch.nonzero(~silent).squeeze(1)
 

@@ -16,6 +16,10 @@ from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
 __all__ = ["LinearEntry", "LinearLayer", "gram_squares", "product"]
 
 
+_COPIED = 64
+"""Multiplications in the time in which a number of a row that is left is copied out."""
+
+
 class LinearLayer(Layer):
     """``nn.Linear``, and Opacus's ``RNNLinear``."""
 
@@ -29,24 +33,29 @@ class LinearLayer(Layer):
         a, g = a.to(dtype), g.to(dtype)
         T, d, p = a.shape[1], g.shape[2], a.shape[2]
         sums = g.squeeze(1) if T == 1 else g.sum(1)
-        live = live_rows(g, sums) if T > 1 else None
+        compiled = self.alone and T > 1 and products.fits(a, g)
+        # Without kernels, rows that count are copied out, which must cost less than the others do.
+        worth_it = compiled or d * p > _COPIED * (d + p)
+        live = live_rows(g, sums) if T > 1 and worth_it else None
         if live is not None:
-            a, g, sums = a[live], g[live], sums[live]
+            sums = sums[live]
+            if not compiled:
+                a, g = a[live], g[live]
         self.emit_bias(book, sums, live)
         place = self.places.get("weight")
         if place is None:
             return
         if self.alone and gram_is_cheaper(T, d, p, T * (d + p)):
-            book.enter(LinearEntry(place, a, g), live)
+            book.enter(LinearEntry(place, a, g, live if compiled else None), live)
             return
-        if self.alone and T > 1 and products.fits(a, g):
+        if compiled:
             # What stands last goes into registers, many numbers at once.
             swap = products.tiles(d, p) < products.tiles(p, d)
             first, last = (g, a) if swap else (a, g)
             book.write(
                 place, live, None if swap else (1, 0),
                 lambda out, to: products.outer_products(
-                    _picture(first), _picture(last), products.Windows(), out=out, to=to
+                    _picture(first), _picture(last), products.Windows(), out=out, rows=live, to=to
                 ),
             )  # fmt: skip
             return
@@ -75,19 +84,31 @@ def _sequence(x: Tensor) -> Tensor:
 
 
 class LinearEntry:
-    """Gradients g^T a with a (B, T, p) and g (B, T, d)."""
+    """Gradients g^T a with a (B, T, p) and g (B, T, d), of the records that `rows` numbers."""
 
-    def __init__(self, place: int, a: Tensor, g: Tensor) -> None:
-        self.place, self.a, self.g = place, a, g
+    def __init__(self, place: int, a: Tensor, g: Tensor, rows: Tensor | None = None) -> None:
+        self.place, self.a, self.g, self.rows = place, a, g, rows
 
     def squares(self, owners: Owners | None) -> Tensor:
-        a, g = self.a, self.g
-        if owners is not None:
-            a, g = owners.side_by_side(a), owners.side_by_side(g)
-        return gram_squares(a, g)
+        if owners is None:
+            return gram_squares(self.a, self.g, self.rows)
+        a, g = self._counting()
+        return gram_squares(owners.side_by_side(a), owners.side_by_side(g))
+
+    def _counting(self) -> tuple[Tensor, Tensor]:
+        if self.rows is None:
+            return self.a, self.g
+        return self.a[self.rows], self.g[self.rows]
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         a, g = self.a, self.g
+        if a.shape[1] >= products.LONG and products.fits(a, g, factors, out):
+            products.add_weighted(
+                _picture(g), _picture(a), products.Windows(),
+                factors=factors, out=out.view(-1), rows=self.rows,
+            )  # fmt: skip
+            return
+        a, g = self._counting()
         if broken is not None:
             a = a.masked_fill(broken[:, None, None], 0)
             g = g.masked_fill(broken[:, None, None], 0)
@@ -98,17 +119,19 @@ class LinearEntry:
         out.addmm_(g.flatten(0, 1).t(), a.flatten(0, 1))
 
 
-def gram_squares(a: Tensor, g: Tensor) -> Tensor:
-    """(U,) squared norms of g^T a, for a (U, T, p) and g (U, T, d).
+def gram_squares(a: Tensor, g: Tensor, rows: Tensor | None = None) -> Tensor:
+    """(U,) squared norms of g^T a, for a (U, T, p) and g (U, T, d); with rows (n,) only of these.
 
     <a a^T, g g^T> (Goodfellow 2015, arXiv:1510.01799v2, for T = 1; Li et al. 2022,
     arXiv:2110.05679v6, section 4, for sequences). Where its terms cancel, rounding could make the
     sum too small, and a record would be clipped too little: it is raised by what rounding can do.
     """
+    if a.shape[1] > 1 and products.fits(a, g):
+        return products.gram_squares(_picture(a), _picture(g), products.Windows(), rows=rows)
+    if rows is not None:
+        a, g = a[rows], g[rows]
     if a.shape[1] == 1:
         return a.square().sum((1, 2)).mul_(g.square().sum((1, 2)))
-    if products.fits(a, g):
-        return products.gram_squares(_picture(a), _picture(g), products.Windows())
     aa = torch.bmm(a, a.transpose(1, 2))
     gg = torch.bmm(g, g.transpose(1, 2))
     reach = (aa.diagonal(dim1=1, dim2=2) * gg.diagonal(dim1=1, dim2=2)).clamp_(min=0).sqrt_()

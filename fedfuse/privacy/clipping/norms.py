@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedfuse.kernels import norms
 from fedfuse.privacy.clipping.book import Book
 from fedfuse.privacy.clipping.layer import Layer
 
@@ -39,6 +40,9 @@ class GroupNormLayer(_NormLayer):
     """``nn.GroupNorm``."""
 
     def run(self, x: Tensor) -> Any:
+        dense = _channels_last(x) and x.is_contiguous(memory_format=torch.channels_last)
+        if dense and norms.fits(_full(x), self.module.weight):
+            return _CompiledGroupNorm.apply(_full(x), self.now.anchor, self)  # type: ignore[no-untyped-call]
         if _channels_last(x) and x.shape[1] < _WIDE * self.module.num_groups:
             return _NarrowGroupNorm.apply(_full(x), self.now.anchor, self)  # type: ignore[no-untyped-call]
         return super().run(x)
@@ -69,6 +73,12 @@ class _LayerNorm(torch.autograd.Function):
         x, mean, rstd = ctx.saved_tensors
         m: Any = ctx.layer.module
         g = g.contiguous()
+        if len(m.normalized_shape) == 1 and norms.fits(g, x, m.weight):
+            back, weight, bias = norms.layer_backward(
+                g, x, mean, rstd, m.weight, back=ctx.needs_input_grad[0]
+            )
+            ctx.layer.keep(weight, bias)
+            return back, None, None
         size = math.prod(m.normalized_shape)
         by_record = _by_record(g, size)
         if by_record.shape[1] == 1:
@@ -161,6 +171,27 @@ class _GroupNorm(torch.autograd.Function):
         )
         ctx.layer.keep(weight.view(rows, channels), bias.view(rows, channels))
         return (None if back is None else back.view_as(x)), None, None
+
+
+class _CompiledGroupNorm(torch.autograd.Function):
+    """Pictures with their channels last."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: GroupNormLayer) -> Tensor:
+        m: Any = layer.module
+        y, mean, rstd = norms.group_forward(x, m.num_groups, m.weight, m.bias, m.eps)
+        ctx.layer = layer
+        ctx.save_for_backward(x, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, mean, rstd = ctx.saved_tensors
+        g = g.contiguous(memory_format=torch.channels_last)
+        weight = ctx.layer.module.weight
+        back, *grads = norms.group_backward(g, x, mean, rstd, weight, back=ctx.needs_input_grad[0])
+        ctx.layer.keep(*grads)
+        return back, None, None
 
 
 _WIDE = 8

@@ -1,0 +1,193 @@
+/* Group norm of pictures with their channels last, and layer norm, with each record's own gradients
+   of weight and bias; C. Wu and K. He 2018 (arXiv:1803.08494), J. L. Ba et al. 2016
+   (arXiv:1607.06450). A record is (places, channels), channels side by side. Sums over places are
+   made in float32 over RUN of them, and added up in float64. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char source[] = SOURCE;
+
+enum { RUN = 64, SPAN = 64 };
+
+typedef struct {
+    int64_t records, places, channels, groups;
+} Shape;
+
+static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Numbers that are worked on side by side: whole places, some SPAN of them. */
+static int64_t span_of(const Shape *s) {
+    return s->channels < SPAN ? SPAN / s->channels * s->channels : s->channels;
+}
+
+/* Adds up what each number of a span has, by channel; `part` is zero afterwards. */
+static void drain(int64_t span, int64_t n, float *restrict part, double *restrict sum) {
+    for (int64_t k = 0; k < span; k += n)
+        for (int64_t c = 0; c < n; c++) {
+            sum[c] += part[k + c];
+            part[k + c] = 0;
+        }
+}
+
+/* The first n of `values` again and again, as far as a span goes. */
+static void repeat(int64_t span, int64_t n, float *values) {
+    for (int64_t k = n; k < span; k++)
+        values[k] = values[k - n];
+}
+
+/* Mean and 1 / deviation of each group of x, and y = (x - mean) / deviation * weight + bias.
+   mean and rstd are (records, groups). Returns 0, or 1 where memory is missing, as the others do. */
+int group_forward(const Shape *s, const float *x, const float *weight, const float *bias,
+                  double eps, float *y, float *mean, float *rstd) {
+    int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
+    float *work = calloc(3 * span, sizeof *work);
+    double *sum = calloc(n, sizeof *sum), count = (double)s->places * each;
+    float *restrict part = work, *restrict scale = work + span, *restrict shift = work + 2 * span;
+    int failed = !work || !sum;
+    for (int64_t i = 0; !failed && i < s->records; i++, x += size, y += size) {
+        memset(sum, 0, n * sizeof *sum);
+        for (int64_t run = 0; run < size; run += RUN * span) {
+            for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
+                for (int64_t k = 0; k < shorter(span, size - t); k++)
+                    part[k] += x[t + k];
+            drain(span, n, part, sum);
+        }
+        for (int64_t k = 0; k < s->groups; k++) {
+            double total = 0;
+            for (int64_t c = k * each; c < (k + 1) * each; c++)
+                total += sum[c];
+            mean[i * s->groups + k] = total / count;
+            for (int64_t c = k * each; c < (k + 1) * each; c++)
+                shift[c] = mean[i * s->groups + k];
+        }
+        repeat(span, n, shift);
+        memset(sum, 0, n * sizeof *sum);
+        for (int64_t run = 0; run < size; run += RUN * span) {
+            for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
+                for (int64_t k = 0; k < shorter(span, size - t); k++)
+                    part[k] += (x[t + k] - shift[k]) * (x[t + k] - shift[k]);
+            drain(span, n, part, sum);
+        }
+        for (int64_t k = 0; k < s->groups; k++) {
+            double total = 0;
+            for (int64_t c = k * each; c < (k + 1) * each; c++)
+                total += sum[c];
+            rstd[i * s->groups + k] = 1 / sqrt(total / count + eps);
+            for (int64_t c = k * each; c < (k + 1) * each; c++) {
+                scale[c] = rstd[i * s->groups + k] * weight[c];
+                shift[c] = bias[c] - shift[c] * scale[c];
+            }
+        }
+        repeat(span, n, scale);
+        repeat(span, n, shift);
+        for (int64_t t = 0; t < size; t += span)
+            for (int64_t k = 0; k < shorter(span, size - t); k++)
+                y[t + k] = x[t + k] * scale[k] + shift[k];
+    }
+    free(work);
+    free(sum);
+    return failed;
+}
+
+/* From g, the gradient of y: each record's gradients of weight and bias, (records, channels), and
+   that of x, unless `back` is NULL. */
+int group_backward(const Shape *s, const float *g, const float *x, const float *mean,
+                   const float *rstd, const float *weight, float *back, float *by_weight,
+                   float *by_bias) {
+    int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
+    float *work = calloc(5 * span, sizeof *work);
+    double *sums = calloc(2 * n, sizeof *sums), count = (double)s->places * each;
+    float *restrict first = work, *restrict second = work + span, *restrict of_g = work + 2 * span;
+    float *restrict of_x = work + 3 * span, *restrict rest = work + 4 * span;
+    double *slope = sums, *product = sums + n;
+    int failed = !work || !sums;
+    for (int64_t i = 0; !failed && i < s->records; i++, g += size, x += size, mean += s->groups,
+                 rstd += s->groups, by_weight += n, by_bias += n) {
+        memset(sums, 0, 2 * n * sizeof *sums);
+        for (int64_t c = 0; c < n; c++)
+            rest[c] = mean[c / each];
+        repeat(span, n, rest);
+        for (int64_t run = 0; run < size; run += RUN * span) {
+            for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
+                for (int64_t k = 0; k < shorter(span, size - t); k++) {
+                    first[k] += g[t + k];
+                    second[k] += g[t + k] * (x[t + k] - rest[k]);
+                }
+            drain(span, n, first, slope);
+            drain(span, n, second, product);
+        }
+        for (int64_t c = 0; c < n; c++) {
+            by_bias[c] = slope[c];
+            by_weight[c] = product[c] * rstd[c / each];
+        }
+        if (!back)
+            continue;
+        for (int64_t k = 0; k < s->groups; k++) {
+            double r = rstd[k], a = 0, b = 0;
+            for (int64_t c = k * each; c < (k + 1) * each; c++) {
+                a += weight[c] * slope[c];
+                b += weight[c] * product[c];
+            }
+            b *= r * r * r / count;
+            for (int64_t c = k * each; c < (k + 1) * each; c++) {
+                of_g[c] = r * weight[c];
+                of_x[c] = -b;
+                rest[c] = mean[k] * b - a * r / count;
+            }
+        }
+        repeat(span, n, of_g);
+        repeat(span, n, of_x);
+        repeat(span, n, rest);
+        for (int64_t t = 0; t < size; t += span)
+            for (int64_t k = 0; k < shorter(span, size - t); k++)
+                back[t + k] = g[t + k] * of_g[k] + x[t + k] * of_x[k] + rest[k];
+        back += size;
+    }
+    free(work);
+    free(sums);
+    return failed;
+}
+
+/* The same of a layer norm over the channels of each place; mean and rstd are (records, places). */
+int layer_backward(const Shape *s, const float *g, const float *x, const float *mean,
+                   const float *rstd, const float *weight, float *back, float *by_weight,
+                   float *by_bias) {
+    int64_t n = s->channels;
+    float *work = calloc(2 * n, sizeof *work);
+    double *sums = calloc(2 * n, sizeof *sums);
+    float *restrict first = work, *restrict second = work + n;
+    int failed = !work || !sums;
+    for (int64_t i = 0; !failed && i < s->records; i++, by_weight += n, by_bias += n) {
+        memset(sums, 0, 2 * n * sizeof *sums);
+        for (int64_t t = 0; t < s->places; t++, g += n, x += n, mean++, rstd++) {
+            float m = *mean, r = *rstd, a = 0, b = 0;
+            for (int64_t c = 0; c < n; c++) {
+                first[c] += g[c];
+                second[c] += g[c] * ((x[c] - m) * r);
+                a += g[c] * weight[c];
+                b += g[c] * weight[c] * (x[c] - m);
+            }
+            if ((t + 1) % RUN == 0 || t + 1 == s->places) {
+                drain(n, n, first, sums);
+                drain(n, n, second, sums + n);
+            }
+            if (!back)
+                continue;
+            a *= r / n;
+            b *= r * r * r / n;
+            for (int64_t c = 0; c < n; c++)
+                back[c] = g[c] * weight[c] * r - (x[c] - m) * b - a;
+            back += n;
+        }
+        for (int64_t c = 0; c < n; c++) {
+            by_bias[c] = sums[c];
+            by_weight[c] = sums[n + c];
+        }
+    }
+    free(work);
+    free(sums);
+    return failed;
+}

@@ -1,0 +1,141 @@
+"""The compiled norms are those of autograd in float64, record for record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedfuse.kernels import norms
+from fedfuse.kernels import threads as threads_of
+from tests.kernels.levels import LEVELS, load
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not compiled here")
+
+
+@pytest.fixture(params=LEVELS or ["none"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With the kernels for this processor, and for a lesser one."""
+    found = load("norms", request.param)
+    monkeypatch.setattr(norms, "library", lambda source: found)
+    norms._call.cache_clear()
+    yield request.param
+    norms._call.cache_clear()
+
+
+def assert_near(found: Tensor, true: Tensor) -> None:
+    assert found.shape == true.shape
+    assert float((found - true).abs().max()) <= 5e-6 * max(1.0, float(true.abs().max()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    records=st.integers(1, 4), groups=st.integers(1, 4), each=st.integers(1, 40),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)), off=st.sampled_from([0.0, 30.0]),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+def _groups_agree(
+    records: int, groups: int, each: int, size: tuple[int, int], off: float, threads: int
+) -> None:
+    torch.manual_seed(0)
+    channels = groups * each
+    x = (torch.randn(records, channels, *size) + off).contiguous(memory_format=torch.channels_last)
+    g = torch.randn(records, channels, *size).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, channels)
+    exact = x.double().requires_grad_()
+    # Each record has a weight and a bias of its own.
+    weights, biases = (
+        w.double().expand(records, -1).clone().requires_grad_() for w in (weight, bias)
+    )
+    by_group = exact.reshape(records, groups, -1)
+    unit = F.layer_norm(by_group, by_group.shape[2:], eps=1e-3).reshape(exact.shape)
+    y = unit * weights[..., None, None] + biases[..., None, None]
+    true = torch.autograd.grad(y, (exact, weights, biases), g.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(threads_of, "_WORTH_SHARING", 0)
+        found, mean, rstd = norms.group_forward(x, groups, weight, bias, 1e-3)
+        grads = norms.group_backward(g, x, mean, rstd, weight, back=True)
+        less = norms.group_backward(g, x, mean, rstd, weight, back=False)
+    # Of a shifted x some digits are the shift's.
+    assert_near(found / (1 + off), y.detach() / (1 + off))
+    for mine, wanted in zip(grads, true, strict=True):
+        assert mine is not None
+        assert_near(mine / (1 + off), wanted / (1 + off))
+    assert less[0] is None
+    assert torch.equal(less[1], grads[1])
+    assert torch.equal(less[2], grads[2])
+
+
+def test_group_norm_is_that_of_autograd(level: str) -> None:
+    _groups_agree()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    records=st.integers(1, 4), middle=st.lists(st.integers(1, 9), max_size=2),
+    channels=st.integers(1, 70), back=st.booleans(),
+)  # fmt: skip
+def _layers_agree(records: int, middle: list[int], channels: int, back: bool) -> None:
+    torch.manual_seed(0)
+    shape = (records, *middle, channels)
+    x, g = torch.randn(2, *shape)
+    weight, bias = torch.randn(2, channels)
+    exact = x.double().requires_grad_()
+    weights, biases = (
+        w.double().expand(records, -1).clone().requires_grad_() for w in (weight, bias)
+    )
+    ones = [1] * len(middle)
+    unit = F.layer_norm(exact, (channels,), eps=1e-3)
+    y = unit * weights.view(records, *ones, -1) + biases.view(records, *ones, -1)
+    true = torch.autograd.grad(y, (exact, weights, biases), g.double())
+    _, mean, rstd = torch.native_layer_norm(x, (channels,), weight, bias, 1e-3)
+    grads = norms.layer_backward(g, x, mean, rstd, weight, back=back)
+    assert (grads[0] is not None) == back
+    for mine, wanted in zip(grads, true, strict=True):
+        if mine is not None:
+            assert_near(mine, wanted)
+
+
+def test_layer_norm_backwards_is_that_of_autograd(level: str) -> None:
+    _layers_agree()
+
+
+@pytest.mark.parametrize("places", [63, 64, 65, 5000])
+def test_long_sums_keep_their_digits(level: str, places: int) -> None:
+    """Far from zero, and over many places."""
+    torch.manual_seed(0)
+    x = (torch.randn(2, 3, 1, places) + 100).contiguous(memory_format=torch.channels_last)
+    ones = torch.ones(3)
+    _, mean, rstd = norms.group_forward(x, 3, ones, ones, 0.0)
+    exact = x.double().flatten(2)
+    assert torch.allclose(mean.double(), exact.mean(2), rtol=1e-7)
+    assert torch.allclose(rstd.double(), exact.var(2, correction=0).rsqrt(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_record_that_is_not_finite_touches_no_other(level: str, broken: float) -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 3, 8, 4, 4).contiguous().unbind()
+    x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    ones = torch.ones(8)
+    clean = norms.group_forward(x, 2, ones, ones, 1e-5)
+    whole = norms.group_backward(g, x, *clean[1:], ones, back=True)
+    x[1, 3, 2, 2] = broken
+    y, mean, rstd = norms.group_forward(x, 2, ones, ones, 1e-5)
+    grads = norms.group_backward(g, x, mean, rstd, ones, back=True)
+    assert not bool(torch.isfinite(grads[1][1]).all())
+    for found, true in zip((y, *grads), (clean[0], *whole), strict=True):
+        assert found is not None
+        assert true is not None
+        assert torch.equal(found[[0, 2]], true[[0, 2]])
+
+
+def test_other_numbers_are_left_to_torch(level: str) -> None:
+    assert norms.fits(torch.ones(2))
+    assert not norms.fits(torch.ones(2), torch.ones(2, dtype=torch.float64))

@@ -43,9 +43,10 @@ static void repeat(int64_t span, int64_t n, float *values) {
 int group_forward(const Shape *s, const float *x, const float *weight, const float *bias,
                   double eps, float *y, float *mean, float *rstd) {
     int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
-    float *work = calloc(3 * span, sizeof *work);
+    float *work = calloc(4 * span, sizeof *work);
     double *sum = calloc(n, sizeof *sum), count = (double)s->places * each;
-    float *restrict part = work, *restrict scale = work + span, *restrict shift = work + 2 * span;
+    float *restrict part = work, *restrict middle = work + span, *restrict scale = work + 2 * span;
+    float *restrict shift = work + 3 * span;
     int failed = !work || !sum;
     for (int64_t i = 0; !failed && i < s->records; i++, x += size, y += size) {
         memset(sum, 0, n * sizeof *sum);
@@ -61,14 +62,14 @@ int group_forward(const Shape *s, const float *x, const float *weight, const flo
                 total += sum[c];
             mean[i * s->groups + k] = total / count;
             for (int64_t c = k * each; c < (k + 1) * each; c++)
-                shift[c] = mean[i * s->groups + k];
+                middle[c] = mean[i * s->groups + k];
         }
-        repeat(span, n, shift);
+        repeat(span, n, middle);
         memset(sum, 0, n * sizeof *sum);
         for (int64_t run = 0; run < size; run += RUN * span) {
             for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
                 for (int64_t k = 0; k < shorter(span, size - t); k++)
-                    part[k] += (x[t + k] - shift[k]) * (x[t + k] - shift[k]);
+                    part[k] += (x[t + k] - middle[k]) * (x[t + k] - middle[k]);
             drain(span, n, part, sum);
         }
         for (int64_t k = 0; k < s->groups; k++) {
@@ -78,14 +79,14 @@ int group_forward(const Shape *s, const float *x, const float *weight, const flo
             rstd[i * s->groups + k] = 1 / sqrt(total / count + eps);
             for (int64_t c = k * each; c < (k + 1) * each; c++) {
                 scale[c] = rstd[i * s->groups + k] * weight[c];
-                shift[c] = bias[c] - shift[c] * scale[c];
+                shift[c] = bias[c];
             }
         }
         repeat(span, n, scale);
         repeat(span, n, shift);
         for (int64_t t = 0; t < size; t += span)
             for (int64_t k = 0; k < shorter(span, size - t); k++)
-                y[t + k] = x[t + k] * scale[k] + shift[k];
+                y[t + k] = (x[t + k] - middle[k]) * scale[k] + shift[k];
     }
     free(work);
     free(sum);
@@ -98,23 +99,24 @@ int group_backward(const Shape *s, const float *g, const float *x, const float *
                    const float *rstd, const float *weight, float *back, float *by_weight,
                    float *by_bias) {
     int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
-    float *work = calloc(5 * span, sizeof *work);
+    float *work = calloc(6 * span, sizeof *work);
     double *sums = calloc(2 * n, sizeof *sums), count = (double)s->places * each;
     float *restrict first = work, *restrict second = work + span, *restrict of_g = work + 2 * span;
     float *restrict of_x = work + 3 * span, *restrict rest = work + 4 * span;
+    float *restrict middle = work + 5 * span;
     double *slope = sums, *product = sums + n;
     int failed = !work || !sums;
     for (int64_t i = 0; !failed && i < s->records; i++, g += size, x += size, mean += s->groups,
                  rstd += s->groups, by_weight += n, by_bias += n) {
         memset(sums, 0, 2 * n * sizeof *sums);
         for (int64_t c = 0; c < n; c++)
-            rest[c] = mean[c / each];
-        repeat(span, n, rest);
+            middle[c] = mean[c / each];
+        repeat(span, n, middle);
         for (int64_t run = 0; run < size; run += RUN * span) {
             for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
                 for (int64_t k = 0; k < shorter(span, size - t); k++) {
                     first[k] += g[t + k];
-                    second[k] += g[t + k] * (x[t + k] - rest[k]);
+                    second[k] += g[t + k] * (x[t + k] - middle[k]);
                 }
             drain(span, n, first, slope);
             drain(span, n, second, product);
@@ -135,7 +137,7 @@ int group_backward(const Shape *s, const float *g, const float *x, const float *
             for (int64_t c = k * each; c < (k + 1) * each; c++) {
                 of_g[c] = r * weight[c];
                 of_x[c] = -b;
-                rest[c] = mean[k] * b - a * r / count;
+                rest[c] = -a * r / count;
             }
         }
         repeat(span, n, of_g);
@@ -143,7 +145,7 @@ int group_backward(const Shape *s, const float *g, const float *x, const float *
         repeat(span, n, rest);
         for (int64_t t = 0; t < size; t += span)
             for (int64_t k = 0; k < shorter(span, size - t); k++)
-                back[t + k] = g[t + k] * of_g[k] + x[t + k] * of_x[k] + rest[k];
+                back[t + k] = g[t + k] * of_g[k] + (x[t + k] - middle[k]) * of_x[k] + rest[k];
         back += size;
     }
     free(work);

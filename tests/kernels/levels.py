@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import torch
 
@@ -22,6 +23,7 @@ LEVELS = [
 ]
 
 
+@cache
 def load(source: str, level: str) -> ctypes.CDLL:
     """Its kernels for `level`."""
     return ctypes.CDLL(str(compiling.library_path(library.FOLDER, source, level)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,17 +12,6 @@ from fedfuse.kernels import normals
 from fedfuse.privacy import noise
 from fedfuse.privacy.noise import NoiseStream
 from tests.kernels.levels import LEVELS, load
-
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not compiled here")
-
-
-@pytest.fixture(params=LEVELS or ["none"])
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    found = load("normals", request.param)
-    monkeypatch.setattr(normals, "library", lambda source: found)
-    normals._call.cache_clear()
-    yield request.param
-    normals._call.cache_clear()
 
 
 def by_numpy(count: int, std: float) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,24 +11,12 @@ from torch.nn import functional as F
 
 from fedfuse.kernels import norms
 from fedfuse.kernels import threads as threads_of
-from tests.kernels.levels import LEVELS, load
-
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not compiled here")
 
 
-@pytest.fixture(params=LEVELS or ["none"])
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """With the kernels for this processor, and for a lesser one."""
-    found = load("norms", request.param)
-    monkeypatch.setattr(norms, "library", lambda source: found)
-    norms._call.cache_clear()
-    yield request.param
-    norms._call.cache_clear()
-
-
-def assert_near(found: Tensor, true: Tensor) -> None:
+def assert_near(found: Tensor, true: Tensor, raised: float = 1.0) -> None:
+    """To some roundings of the largest number, and of what they are `raised` to."""
     assert found.shape == true.shape
-    assert float((found - true).abs().max()) <= 5e-6 * max(1.0, float(true.abs().max()))
+    assert float((found - true).abs().max()) <= 5e-6 * raised * max(1.0, float(true.abs().max()))
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,11 +48,12 @@ def _groups_agree(
         found, mean, rstd = norms.group_forward(x, groups, weight, bias, 1e-3)
         grads = norms.group_backward(g, x, mean, rstd, weight, back=True)
         less = norms.group_backward(g, x, mean, rstd, weight, back=False)
-    # Of a shifted x some digits are the shift's.
-    assert_near(found / (1 + off), y.detach() / (1 + off))
+    # Roundings of x and of a mean count as many times as a deviation goes into one.
+    raised = max(1.0, float(x.abs().max() * rstd.max()))
+    assert_near(found, y.detach(), raised)
     for mine, wanted in zip(grads, true, strict=True):
         assert mine is not None
-        assert_near(mine / (1 + off), wanted / (1 + off))
+        assert_near(mine, wanted, raised)
     assert less[0] is None
     assert torch.equal(less[1], grads[1])
     assert torch.equal(less[2], grads[2])
@@ -76,7 +63,7 @@ def test_group_norm_is_that_of_autograd(level: str) -> None:
     _groups_agree()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     records=st.integers(1, 4), middle=st.lists(st.integers(1, 9), max_size=2),
     channels=st.integers(1, 70), back=st.booleans(),
@@ -97,9 +84,10 @@ def _layers_agree(records: int, middle: list[int], channels: int, back: bool) ->
     _, mean, rstd = torch.native_layer_norm(x, (channels,), weight, bias, 1e-3)
     grads = norms.layer_backward(g, x, mean, rstd, weight, back=back)
     assert (grads[0] is not None) == back
+    raised = max(1.0, float(x.abs().max() * rstd.max()))
     for mine, wanted in zip(grads, true, strict=True):
         if mine is not None:
-            assert_near(mine, wanted)
+            assert_near(mine, wanted, raised)
 
 
 def test_layer_norm_backwards_is_that_of_autograd(level: str) -> None:

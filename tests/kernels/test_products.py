@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,20 +19,6 @@ from fedfuse.kernels.products import (
     outer_products,
     silent_records,
 )
-from tests.kernels.levels import LEVELS, load
-
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not compiled here")
-
-
-@pytest.fixture(params=LEVELS or ["none"])
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """With the kernels for this processor, and for a lesser one."""
-    found = load("products", request.param)
-    monkeypatch.setattr(products, "library", lambda source: found)
-    call = products._call
-    call.cache_clear()
-    yield request.param
-    call.cache_clear()
 
 
 def expected(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:

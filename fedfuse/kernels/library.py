@@ -14,7 +14,7 @@ import torch
 
 from fedfuse.kernels.compiling import LEVELS, fingerprint, library_path
 
-__all__ = ["library", "why_not"]
+__all__ = ["library", "plain", "why_not"]
 
 FOLDER = Path(__file__).parent
 
@@ -51,3 +51,8 @@ def library(source: str) -> ctypes.CDLL | None:
 def why_not(source: str) -> str:
     """Why there are none; empty where there are."""
     return _found(source)[1]
+
+
+def plain(*tensors: torch.Tensor) -> bool:
+    """Whether they hold what kernels take: float32, in this machine's own memory."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfuse.kernels.library import library
+from fedfuse.kernels.library import library, plain
 from fedfuse.kernels.threads import shared
 
 __all__ = ["fits", "group_backward", "group_forward", "layer_backward"]
@@ -24,8 +24,7 @@ class _Shape(ctypes.Structure):
 
 def fits(*tensors: Tensor) -> bool:
     """Whether there are kernels, and for such tensors."""
-    right = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return right and library("norms") is not None
+    return plain(*tensors) and library("norms") is not None
 
 
 def group_forward(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfuse.kernels.library import library
+from fedfuse.kernels.library import library, plain
 from fedfuse.kernels.threads import shared
 
 __all__ = [
@@ -64,8 +64,7 @@ class _Pairs(ctypes.Structure):
 
 def fits(*tensors: Tensor) -> bool:
     """Whether there are kernels, and for such tensors."""
-    right = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return right and library("products") is not None
+    return plain(*tensors) and library("products") is not None
 
 
 def silent_records(g: Tensor) -> Tensor | None:

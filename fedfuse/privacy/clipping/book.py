@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedfuse.privacy.clipping.costs import SMALL
 from fedfuse.privacy.lengths import lengths
 
-__all__ = ["Book", "Entry", "Owners"]
+__all__ = ["Book", "Entry", "Owners", "stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class Book:
         order = self._order.get(place)
         if order is None:
             return grads
-        whole = grads.view(-1, *_stored(self.parameters[place].shape, order))
+        whole = grads.view(-1, *stored(self.parameters[place].shape, order))
         return whole.permute(0, *(1 + i for i in order)).flatten(1)
 
     def fresh(self, place: int) -> bool:
@@ -310,10 +310,10 @@ class Book:
         shape, order = self.parameters[place].shape, self._order.get(place)
         if order is None:
             return numbers.view(shape)
-        return numbers.view(_stored(shape, order)).permute(order)
+        return numbers.view(stored(shape, order)).permute(order)
 
 
-def _stored(shape: torch.Size, order: tuple[int, ...]) -> list[int]:
+def stored(shape: torch.Size, order: tuple[int, ...]) -> list[int]:
     """The shape of which ``permute(order)`` has `shape`."""
     stored = [0] * len(shape)
     for i, size in zip(order, shape, strict=True):

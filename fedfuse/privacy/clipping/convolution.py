@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedfuse.kernels import products
-from fedfuse.privacy.clipping.book import Book, Owners
+from fedfuse.privacy.clipping.book import Book, Owners, stored
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
 from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
 from fedfuse.privacy.clipping.linear import gram_squares, product
@@ -55,11 +55,12 @@ class ConvLayer(Layer):
                 continue
             x, g = x.to(m.weight.dtype), g.to(m.weight.dtype)
             length, numbers = math.prod(g.shape[2:]), m.weight.numel()
-            gram = self.alone and len(kept) == 1 and m.groups == 1 and numbers > SMALL
+            once = self.alone and len(kept) == 1
+            gram = once and m.groups == 1 and numbers > SMALL
             held = x[:1].numel() + g[:1].numel()
             if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
                 book.enter(ConvEntry(place, self, x, g, live), live)
-            elif self.alone and len(kept) == 1 and (windows := self.windows(x, g)) is not None:
+            elif once and (windows := self.windows(x, g)) is not None:
                 self._written(book, place, windows, x, g, live)
             else:
                 if live is not None:
@@ -159,9 +160,7 @@ class ConvEntry:
             x, g = _picture(self.x), _picture(self.g)
             products.add_weighted(x, g, windows, factors=factors, out=total, rows=self.live)
             order = _order(out.dim() - 2)
-            out.add_(
-                total.view([out.shape[order.index(i)] for i in range(out.dim())]).permute(order)
-            )
+            out.add_(total.view(stored(out.shape, order)).permute(order))
             return
         x, g = self._counting()
         extra = (1,) * (x.dim() - 1)
@@ -298,12 +297,13 @@ class _Conv(torch.autograd.Function):
         live = live_rows(g, sums)
         back = None
         if ctx.needs_input_grad[0]:
-            few = live is not None and len(live) * 2 < len(g)  # then a copy is worth it
-            some = _rows(g, live) if live is not None and few else g
+            # A copy of the rows that count is worth it where they are few.
+            few = live if live is not None and len(live) * 2 < len(g) else None
+            some = g if few is None else _rows(g, few)
             # Of x the shape counts alone.
             back = _backward(some, x[: len(some)], ctx.layer, (True, False))[0].to(ctx.dtype)
-            if live is not None and few:
-                back = _spread(back, live, len(g))
+            if few is not None:
+                back = _spread(back, few, len(g))
         if live is None:
             ctx.layer.keep(x, g, sums)
         else:

@@ -40,11 +40,12 @@ class GroupNormLayer(_NormLayer):
     """``nn.GroupNorm``."""
 
     def run(self, x: Tensor) -> Any:
-        dense = _channels_last(x) and x.is_contiguous(memory_format=torch.channels_last)
-        if dense and norms.fits(_full(x), self.module.weight):
-            return _CompiledGroupNorm.apply(_full(x), self.now.anchor, self)  # type: ignore[no-untyped-call]
-        if _channels_last(x) and x.shape[1] < _WIDE * self.module.num_groups:
-            return _NarrowGroupNorm.apply(_full(x), self.now.anchor, self)  # type: ignore[no-untyped-call]
+        x, last = _full(x), _channels_last(x)
+        dense = last and x.is_contiguous(memory_format=torch.channels_last)
+        if dense and norms.fits(x, self.module.weight):
+            return _CompiledGroupNorm.apply(x, self.now.anchor, self)  # type: ignore[no-untyped-call]
+        if last and x.shape[1] < _WIDE * self.module.num_groups:
+            return _NarrowGroupNorm.apply(x, self.now.anchor, self)  # type: ignore[no-untyped-call]
         return super().run(x)
 
 

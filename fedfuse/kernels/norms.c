@@ -1,7 +1,8 @@
 /* Group norm of pictures with their channels last, and layer norm, with each record's own gradients
    of weight and bias; C. Wu and K. He 2018 (arXiv:1803.08494), J. L. Ba et al. 2016
-   (arXiv:1607.06450). A record is (places, channels), channels side by side. Sums over places are
-   made in float32 over RUN of them, and added up in float64. */
+   (arXiv:1607.06450); and the sums over places that are each record's gradient of any other bias. A
+   record is (places, channels), channels side by side. Sums over places are made in float32 over RUN
+   of them, and added up in float64. */
 
 #include <math.h>
 #include <stdint.h>
@@ -93,11 +94,11 @@ int group_forward(const Shape *s, const float *x, const float *weight, const flo
     return failed;
 }
 
-/* From g, the gradient of y: each record's gradients of weight and bias, (records, channels), and
-   that of x, unless `back` is NULL. */
+/* From g, the gradient of y: each record's gradients of weight and bias, (records, channels) with
+   `line` floats from record to record, and that of x, unless `back` is NULL. */
 int group_backward(const Shape *s, const float *g, const float *x, const float *mean,
                    const float *rstd, const float *weight, float *back, float *by_weight,
-                   float *by_bias) {
+                   float *by_bias, int64_t line) {
     int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
     float *work = calloc(6 * span, sizeof *work);
     double *sums = calloc(2 * n, sizeof *sums), count = (double)s->places * each;
@@ -107,7 +108,7 @@ int group_backward(const Shape *s, const float *g, const float *x, const float *
     double *slope = sums, *product = sums + n;
     int failed = !work || !sums;
     for (int64_t i = 0; !failed && i < s->records; i++, g += size, x += size, mean += s->groups,
-                 rstd += s->groups, by_weight += n, by_bias += n) {
+                 rstd += s->groups, by_weight += line, by_bias += line) {
         memset(sums, 0, 2 * n * sizeof *sums);
         for (int64_t c = 0; c < n; c++)
             middle[c] = mean[c / each];
@@ -156,13 +157,13 @@ int group_backward(const Shape *s, const float *g, const float *x, const float *
 /* The same of a layer norm over the channels of each place; mean and rstd are (records, places). */
 int layer_backward(const Shape *s, const float *g, const float *x, const float *mean,
                    const float *rstd, const float *weight, float *back, float *by_weight,
-                   float *by_bias) {
+                   float *by_bias, int64_t line) {
     int64_t n = s->channels;
     float *work = calloc(2 * n, sizeof *work);
     double *sums = calloc(2 * n, sizeof *sums);
     float *restrict first = work, *restrict second = work + n;
     int failed = !work || !sums;
-    for (int64_t i = 0; !failed && i < s->records; i++, by_weight += n, by_bias += n) {
+    for (int64_t i = 0; !failed && i < s->records; i++, by_weight += line, by_bias += line) {
         memset(sums, 0, 2 * n * sizeof *sums);
         for (int64_t t = 0; t < s->places; t++, g += n, x += n, mean++, rstd++) {
             float m = *mean, r = *rstd, a = 0, b = 0;
@@ -191,5 +192,33 @@ int layer_backward(const Shape *s, const float *g, const float *x, const float *
     }
     free(work);
     free(sums);
+    return failed;
+}
+
+/* The sums of g over places, with `line` floats from record to record, and whether all numbers of a
+   record are zero. */
+int place_sums(const Shape *s, const float *g, float *sums, int64_t line, uint8_t *silent) {
+    int64_t n = s->channels, size = s->places * n, span = span_of(s);
+    float *restrict part = calloc(span, sizeof *part);
+    double *sum = calloc(n, sizeof *sum);
+    int failed = !part || !sum;
+    for (int64_t i = 0; !failed && i < s->records; i++, g += size, sums += line) {
+        memset(sum, 0, n * sizeof *sum);
+        for (int64_t run = 0; run < size; run += RUN * span) {
+            for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
+                for (int64_t k = 0; k < shorter(span, size - t); k++)
+                    part[k] += g[t + k];
+            drain(span, n, part, sum);
+        }
+        silent[i] = 1;
+        for (int64_t c = 0; c < n; c++) {
+            sums[c] = sum[c];
+            silent[i] &= sum[c] == 0;
+        }
+        for (int64_t k = 0; silent[i] && k < size; k++) /* they may add up to zero */
+            silent[i] = g[k] == 0;
+    }
+    free(part);
+    free(sum);
     return failed;
 }

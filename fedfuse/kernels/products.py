@@ -16,12 +16,12 @@ from fedfuse.kernels.threads import shared
 
 __all__ = [
     "LONG",
+    "ONE",
     "Windows",
     "add_weighted",
     "fits",
     "gram_squares",
     "outer_products",
-    "silent_records",
     "tiles",
 ]
 
@@ -38,6 +38,9 @@ class Windows:
     dilation: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
 
+
+ONE = Windows()
+"""Of a linear layer: each place sees itself."""
 
 _SIZES = (
     "height", "width", "channels", "x_record", "x_height", "x_width", "x_channel",
@@ -67,19 +70,6 @@ def fits(*tensors: Tensor) -> bool:
     return plain(*tensors) and library("products") is not None
 
 
-def silent_records(g: Tensor) -> Tensor | None:
-    """(B,) bool: which records of g (B, ...) are zero throughout; None where it can't be seen."""
-    dense = g.is_contiguous() or (
-        g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last)
-    )
-    if not dense or not fits(g):
-        return None
-    found = torch.empty(len(g), dtype=torch.bool)
-    numbers = g.numel() // max(1, len(g))
-    _call("silent")(g.data_ptr(), len(g), numbers, found.data_ptr())
-    return found
-
-
 def tiles(p: int, d: int) -> int:
     """How many blocks a product (p, d) is made in; those at the edges are made whole."""
     return -(-p // 12) * -(-d // 32)
@@ -96,8 +86,8 @@ def outer_products(
 ) -> Tensor:
     """Writes each record's gradient of a weight, input by output; returns its squared norm (n,).
 
-    x     (B, C, H, W), the input
-    g     (B, O, H', W'), the gradient of the output
+    x     (B, C, H, W), the input, or (B, T, C), a sequence
+    g     (B, O, H', W'), the gradient of the output, or (B, T, O)
     out   (R, kernel height * kernel width * C * O), numbers of a row side by side
     rows  (n,) int64: the records that are wanted; None: all B
     to    (n,) int64: the rows of out that they take; None: the first n
@@ -106,10 +96,10 @@ def outer_products(
     """
     assert out.stride(1) == 1
     squares = torch.empty(len(g if rows is None else rows))
+    found, call, line = squares.data_ptr(), _call("outer"), out.stride(0)
 
     def some(pairs: _Pairs, start: int) -> int:
-        base, numbers = _from(start, out, to)
-        return int(_call("outer")(pairs, base, numbers, out.stride(0), squares[start:].data_ptr()))
+        return int(call(pairs, *_from(start, out, to), line, found + 4 * start))
 
     _shared(some, x, g, windows, rows)
     return squares
@@ -133,11 +123,12 @@ def add_weighted(
     """
     assert out.is_contiguous()
     factors = factors.contiguous()
+    at, call = factors.data_ptr(), _call("weighted")
     sums = [out]
 
     def some(pairs: _Pairs, start: int) -> int:
         mine = out if start == 0 else torch.zeros_like(out)
-        failed = int(_call("weighted")(pairs, factors[start:].data_ptr(), mine.data_ptr()))
+        failed = int(call(pairs, at + 4 * start, mine.data_ptr()))
         if start:
             sums.append(mine)
         return failed
@@ -153,29 +144,40 @@ def gram_squares(x: Tensor, g: Tensor, windows: Windows, *, rows: Tensor | None 
     Raises MemoryError.
     """
     squares = torch.empty(len(g if rows is None else rows))
+    found, call = squares.data_ptr(), _call("gram")
 
     def some(pairs: _Pairs, start: int) -> int:
-        return int(_call("gram")(pairs, squares[start:].data_ptr()))
+        return int(call(pairs, found + 4 * start))
 
     _shared(some, x, g, windows, rows)
     return squares
 
 
-def _shape(x: Tensor, g: Tensor, windows: Windows) -> _Shape:
-    (top, left), (height, width) = windows.padding, x.shape[2:]
+@lru_cache(maxsize=1024)
+def _shape(
+    x: tuple[int, ...], x_strides: tuple[int, ...], g: tuple[int, ...], g_strides: tuple[int, ...],
+    windows: Windows,
+) -> _Shape:  # fmt: skip
+    """Of sizes without the number of records, and of strides with a record's."""
+    if len(x) == 2:  # a sequence: a line of a picture
+        x, x_strides = (x[1], 1, x[0]), (x_strides[0], x_strides[2], 0, x_strides[1])
+        g, g_strides = (g[1], 1, g[0]), (g_strides[0], g_strides[2], 0, g_strides[1])
+    (channels, height, width), (top, left) = x, windows.padding
+    out_channels, *out_size = g
     return _Shape(
-        height, width, x.shape[1], x.stride(0), x.stride(2), x.stride(3), x.stride(1),
+        height, width, channels, *(x_strides[i] for i in (0, 2, 3, 1)),
         top, left, height + 2 * top, width + 2 * left,
-        *windows.kernel, *windows.dilation, *windows.stride, *g.shape[2:], g.shape[1],
-        g.stride(0), g.stride(2), g.stride(3), g.stride(1),
+        *windows.kernel, *windows.dilation, *windows.stride, *out_size, out_channels,
+        *(g_strides[i] for i in (0, 2, 3, 1)),
     )  # fmt: skip
 
 
 def _from(start: int, data: Tensor, rows: Tensor | None) -> tuple[int, int | None]:
     """Addresses of the data and of the row numbers, from record `start` on."""
+    at = data.data_ptr()
     if rows is None:
-        return data[start:].data_ptr(), None
-    return data.data_ptr(), rows[start:].data_ptr()
+        return at + 4 * start * data.stride(0), None
+    return at, rows.data_ptr() + 8 * start
 
 
 @lru_cache(maxsize=4)
@@ -187,7 +189,6 @@ def _call(name: str) -> Any:
         "outer": [pairs, at, at, many, at],
         "weighted": [pairs, at, at],
         "gram": [pairs, at],
-        "silent": [at, many, many, at],
     }[name]
     return kernel
 
@@ -196,7 +197,7 @@ def _shared(
     some: Callable[[_Pairs, int], int], x: Tensor, g: Tensor, windows: Windows, rows: Tensor | None
 ) -> None:
     """Runs `some(records from start on, start)` for all, by several threads where it pays."""
-    shape = _shape(x, g, windows)
+    shape = _shape(x.shape[1:], x.stride(), g.shape[1:], g.stride(), windows)
 
     def run(start: int, stop: int) -> int:
         base, numbers = _from(start, x, rows)

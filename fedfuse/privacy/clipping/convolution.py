@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners, stored
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
-from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
+from fedfuse.privacy.clipping.layer import Layer, compute_dtype
 from fedfuse.privacy.clipping.linear import gram_squares, product
 
 __all__ = ["ConvEntry", "ConvLayer", "patches"]
@@ -45,14 +45,13 @@ class ConvLayer(Layer):
         return super().run(x)
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
-        """Each call is (x (B, C, ...), g (B, O, ...), sums of g (n, O), live (n,) or nothing)."""
+        """Each call is (x (B, C, ...), g (B, O, ...), live (n,) or nothing)."""
         m: Any = self.module
         place = self.places.get("weight")
-        for x, g, sums, *rest in kept:
+        if place is None:
+            return
+        for x, g, *rest in kept:
             live = rest[0] if rest else None
-            self.emit_bias(book, sums, live)
-            if place is None:
-                continue
             x, g = x.to(m.weight.dtype), g.to(m.weight.dtype)
             length, numbers = math.prod(g.shape[2:]), m.weight.numel()
             once = self.alone and len(kept) == 1
@@ -293,8 +292,7 @@ class _Conv(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if _is_channels_last(x):
             g = g.contiguous(memory_format=torch.channels_last)
-        sums = _by_place(g).sum(1)
-        live = live_rows(g, sums)
+        live = ctx.layer.give_bias(g if g.dim() == 4 else _by_place(g))
         back = None
         if ctx.needs_input_grad[0]:
             # A copy of the rows that count is worth it where they are few.
@@ -304,10 +302,7 @@ class _Conv(torch.autograd.Function):
             back = _backward(some, x[: len(some)], ctx.layer, (True, False))[0].to(ctx.dtype)
             if few is not None:
                 back = _spread(back, few, len(g))
-        if live is None:
-            ctx.layer.keep(x, g, sums)
-        else:
-            ctx.layer.keep(x, g, sums[live], live)
+        ctx.layer.keep(x, g, *([] if live is None else [live]))
         return back, None, None
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import ModelError
-from fedfuse.kernels import products
+from fedfuse.kernels import norms
 from fedfuse.privacy.clipping.book import Book
 
-__all__ = ["Layer", "Pass", "compute_dtype", "live_rows"]
+__all__ = ["Layer", "Pass", "compute_dtype", "summed"]
 
 
 class Pass:
@@ -111,33 +111,48 @@ class Layer(ABC):
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         """Puts the per-record gradients of all calls into the book."""
 
-    def emit_bias(self, book: Book, sums: Tensor, live: Tensor | None) -> None:
-        """The gradient of a bias: `sums` (B, d), the output gradient summed over T."""
-        place = self.places.get("bias")
-        if place is not None:
-            book.instantiate(place, sums.to(book.parameters[place].dtype), live)
+    def claim(self, *keys: str) -> list[Tensor] | None:
+        """As `Book.claim` has it, for small parameters to which this call alone gives gradients."""
+        places = [self.places[key] for key in keys if key in self.places]
+        if self.calls != 1 or not self.alone or len(places) < len(keys):
+            return None
+        return self.now.book.claim(*places)
+
+    def give_bias(self, g: Tensor) -> Tensor | None:
+        """Puts the gradients of a bias into the book, and gives the rows that count: `summed` g."""
+        place, rooms = self.places.get("bias"), self.claim("bias")
+        sums, live = summed(g, rooms[0] if rooms else None)
+        if place is not None and not rooms:
+            book = self.now.book
+            book.instantiate(place, sums.to(book.parameters[place].dtype))
+        return live
 
 
 _WORTH_A_LOOK = 1 << 16
 """Below so many numbers, looking for rows to leave out costs more than it saves."""
 
 
-def live_rows(g: Tensor, sums: Tensor) -> Tensor | None:
-    """The records (n,) whose output gradient g (B, ...) is not exactly zero; None: most.
+def summed(g: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The sums of g (B, T, d), or of pictures g (B, d, H, W), over their places: (B, d), in `out`
+    if it is given; and the records (n,) whose g is not exactly zero, or None: most.
 
     A record without a modality has zero gradients throughout that modality's encoder: its share
-    of the work can be left out, and the result is the same number. `sums` (B, d), of g over T,
-    says where to look.
+    of the work can be left out, and the result is the same number.
     """
+    found = norms.place_sums(g, out)
+    if found is not None:
+        sums, silent = found
+    else:
+        sums = g.sum(1 if g.dim() == 3 else (2, 3))
+        if out is not None:
+            sums = out.copy_(sums)
     if g.numel() < _WORTH_A_LOOK:
-        return None
-    silent = products.silent_records(g)
-    sure = silent is not None
-    if silent is None:
+        return sums, None
+    if found is None:
         silent = (sums == 0).all(1)
-    if int(silent.sum()) * 4 < len(g) or (not sure and bool(g[silent].any())):
-        return None
-    return torch.nonzero(~silent).squeeze(1)
+    if int(silent.sum()) * 4 < len(g) or (found is None and bool(g[silent].any())):
+        return sums, None
+    return sums, torch.nonzero(~silent).squeeze(1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
-from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
+from fedfuse.privacy.clipping.layer import Layer, compute_dtype
 
 __all__ = ["LinearEntry", "LinearLayer", "gram_squares", "product"]
 
@@ -32,16 +32,12 @@ class LinearLayer(Layer):
         dtype = self.module.weight.dtype
         a, g = a.to(dtype), g.to(dtype)
         T, d, p = a.shape[1], g.shape[2], a.shape[2]
-        sums = g.squeeze(1) if T == 1 else g.sum(1)
+        live = self.give_bias(g)
         compiled = self.alone and T > 1 and products.fits(a, g)
         # Without kernels, rows that count are copied out, which must cost less than the others do.
-        worth_it = compiled or d * p > _COPIED * (d + p)
-        live = live_rows(g, sums) if T > 1 and worth_it else None
-        if live is not None:
-            sums = sums[live]
-            if not compiled:
-                a, g = a[live], g[live]
-        self.emit_bias(book, sums, live)
+        if live is not None and not compiled:
+            worth_it = T > 1 and d * p > _COPIED * (d + p)
+            a, g, live = (a[live], g[live], live) if worth_it else (a, g, None)
         place = self.places.get("weight")
         if place is None:
             return
@@ -50,14 +46,16 @@ class LinearLayer(Layer):
             return
         if compiled:
             # What stands last goes into registers, many numbers at once.
-            swap = products.tiles(d, p) < products.tiles(p, d)
+            swap = products.tiles(d, p) <= products.tiles(p, d)
             first, last = (g, a) if swap else (a, g)
             book.write(
-                place, live, None if swap else (1, 0),
+                place,
+                live,
+                None if swap else (1, 0),
                 lambda out, to: products.outer_products(
-                    _picture(first), _picture(last), products.Windows(), out=out, rows=live, to=to
+                    first, last, products.ONE, out=out, rows=live, to=to
                 ),
-            )  # fmt: skip
+            )
             return
         # The longer side goes last: the product is then up to twice as fast.
         left, right, order = (a, g, (1, 0)) if p < d else (g, a, None)
@@ -71,11 +69,6 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """(B, T, m), (B, T, n) -> (B, m, n), the sum over T."""
     left = left.transpose(1, 2)
     return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
-
-
-def _picture(x: Tensor) -> Tensor:
-    """(B, T, n) -> (B, n, 1, T): a sequence as the kernels have it."""
-    return x.transpose(1, 2).unsqueeze(2)
 
 
 def _sequence(x: Tensor) -> Tensor:
@@ -104,9 +97,8 @@ class LinearEntry:
         a, g = self.a, self.g
         if a.shape[1] >= products.LONG and products.fits(a, g, factors, out):
             products.add_weighted(
-                _picture(g), _picture(a), products.Windows(),
-                factors=factors, out=out.view(-1), rows=self.rows,
-            )  # fmt: skip
+                g, a, products.ONE, factors=factors, out=out.view(-1), rows=self.rows
+            )
             return
         a, g = self._counting()
         if broken is not None:
@@ -127,7 +119,7 @@ def gram_squares(a: Tensor, g: Tensor, rows: Tensor | None = None) -> Tensor:
     sum too small, and a record would be clipped too little: it is raised by what rounding can do.
     """
     if a.shape[1] > 1 and products.fits(a, g):
-        return products.gram_squares(_picture(a), _picture(g), products.Windows(), rows=rows)
+        return products.gram_squares(a, g, products.ONE, rows=rows)
     if rows is not None:
         a, g = a[rows], g[rows]
     if a.shape[1] == 1:

@@ -17,16 +17,14 @@ from fedfuse.kernels.threads import shared
 __all__ = [
     "LONG",
     "ONE",
+    "Pairs",
     "Windows",
-    "add_weighted",
     "fits",
-    "gram_squares",
-    "outer_products",
     "tiles",
 ]
 
 LONG = 8
-"""Places from which `add_weighted` is worth it: it fetches and stores its sum for each record."""
+"""Places from which `Pairs.add_sum` is worth it: it fetches and stores its sum for each record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,82 +73,90 @@ def tiles(p: int, d: int) -> int:
     return -(-p // 12) * -(-d // 32)
 
 
-def outer_products(
-    x: Tensor,
-    g: Tensor,
-    windows: Windows,
-    *,
-    out: Tensor,
-    rows: Tensor | None = None,
-    to: Tensor | None = None,
-) -> Tensor:
-    """Writes each record's gradient of a weight, input by output; returns its squared norm (n,).
+class Pairs:
+    """Records' inputs and output gradients, of whose products each method makes something.
 
-    x     (B, C, H, W), the input, or (B, T, C), a sequence
-    g     (B, O, H', W'), the gradient of the output, or (B, T, O)
-    out   (R, kernel height * kernel width * C * O), numbers of a row side by side
-    rows  (n,) int64: the records that are wanted; None: all B
-    to    (n,) int64: the rows of out that they take; None: the first n
-
-    Raises MemoryError.
+    A record's product is the gradient of a weight, (kernel height * kernel width * C, O). Each
+    method raises MemoryError.
     """
-    assert out.stride(1) == 1
-    squares = torch.empty(len(g if rows is None else rows))
-    found, call, line = squares.data_ptr(), _call("outer"), out.stride(0)
 
-    def some(pairs: _Pairs, start: int) -> int:
-        return int(call(pairs, *_from(start, out, to), line, found + 4 * start))
+    def __init__(
+        self, x: Tensor, g: Tensor, windows: Windows = ONE, rows: Tensor | None = None
+    ) -> None:
+        """
+        x     (B, C, H, W), the input, or (B, T, C), a sequence
+        g     (B, O, H', W'), the gradient of the output, or (B, T, O)
+        rows  (n,) int64: the records that are wanted; None: all B
+        """
+        self._held = (x, g, rows)
+        self._shape = _shape(x.shape[1:], x.stride(), g.shape[1:], g.stride(), windows)
+        self._at, self._lines = (x.data_ptr(), g.data_ptr()), (4 * x.stride(0), 4 * g.stride(0))
+        self._rows = None if rows is None else rows.data_ptr()
+        self._records = len(g if rows is None else rows)
+        self._work = g.numel() * self._shape.channels * windows.kernel[0] * windows.kernel[1]
 
-    _shared(some, x, g, windows, rows)
-    return squares
+    def write(self, out: Tensor, to: Tensor | None = None) -> Tensor:
+        """Writes the products; returns their squared norms (n,).
 
+        out   (R, p O), numbers of a row side by side
+        to    (n,) int64: the rows of out that they take; None: the first n
+        """
+        assert out.stride(1) == 1
+        squares = torch.empty(self._records)
+        found, first, line = squares.data_ptr(), out.data_ptr(), out.stride(0)
+        numbers, call = None if to is None else to.data_ptr(), _call("outer")
 
-def add_weighted(
-    x: Tensor,
-    g: Tensor,
-    windows: Windows,
-    *,
-    factors: Tensor,
-    out: Tensor,
-    rows: Tensor | None = None,
-) -> None:
-    """Adds to `out` the sum of factor times gradient, as `outer_products` would write those.
+        def some(pairs: _Pairs, start: int) -> int:
+            if numbers is not None:
+                return int(call(pairs, first, numbers + 8 * start, line, found + 4 * start))
+            return int(call(pairs, first + 4 * line * start, None, line, found + 4 * start))
 
-    factors  (n,); a record with factor 0 adds nothing, whatever its numbers are
-    out      (kernel height * kernel width * C * O,), side by side
+        self._share(some)
+        return squares
 
-    Raises MemoryError.
-    """
-    assert out.is_contiguous()
-    factors = factors.contiguous()
-    at, call = factors.data_ptr(), _call("weighted")
-    sums = [out]
+    def squares(self) -> Tensor:
+        """(n,) squared norms of the products, rounded up, never down."""
+        squares = torch.empty(self._records)
+        found, call = squares.data_ptr(), _call("gram")
+        self._share(lambda pairs, start: int(call(pairs, found + 4 * start)))
+        return squares
 
-    def some(pairs: _Pairs, start: int) -> int:
-        mine = out if start == 0 else torch.zeros_like(out)
-        failed = int(call(pairs, at + 4 * start, mine.data_ptr()))
-        if start:
-            sums.append(mine)
-        return failed
+    def add_sum(self, factors: Tensor, out: Tensor) -> None:
+        """Adds to `out` the sum of factor times product.
 
-    _shared(some, x, g, windows, rows)
-    for other in sums[1:]:
-        out += other
+        factors  (n,); a record with factor 0 adds nothing, whatever its numbers are
+        out      (p O,), side by side
+        """
+        assert out.is_contiguous()
+        factors = factors.contiguous()
+        at, call = factors.data_ptr(), _call("weighted")
+        sums = [out]
 
+        def some(pairs: _Pairs, start: int) -> int:
+            mine = out if start == 0 else torch.zeros_like(out)
+            failed = int(call(pairs, at + 4 * start, mine.data_ptr()))
+            if start:
+                sums.append(mine)
+            return failed
 
-def gram_squares(x: Tensor, g: Tensor, windows: Windows, *, rows: Tensor | None = None) -> Tensor:
-    """(n,) squared norms of what `outer_products` would write, rounded up, never down.
+        self._share(some)
+        for other in sums[1:]:
+            out += other
 
-    Raises MemoryError.
-    """
-    squares = torch.empty(len(g if rows is None else rows))
-    found, call = squares.data_ptr(), _call("gram")
+    def _share(self, some: Callable[[_Pairs, int], int]) -> None:
+        """Runs `some(records from start on, start)` for all, by several threads where it pays."""
 
-    def some(pairs: _Pairs, start: int) -> int:
-        return int(call(pairs, found + 4 * start))
+        def run(start: int, stop: int) -> int:
+            x, g = self._at
+            rows = None
+            if self._rows is None:
+                x, g = x + start * self._lines[0], g + start * self._lines[1]
+            else:
+                rows = self._rows + 8 * start
+            pairs = _Pairs(ctypes.pointer(self._shape), stop - start, x, g, rows)
+            return some(pairs, start)
 
-    _shared(some, x, g, windows, rows)
-    return squares
+        shared(run, self._records, self._work)
 
 
 @lru_cache(maxsize=1024)
@@ -172,14 +178,6 @@ def _shape(
     )  # fmt: skip
 
 
-def _from(start: int, data: Tensor, rows: Tensor | None) -> tuple[int, int | None]:
-    """Addresses of the data and of the row numbers, from record `start` on."""
-    at = data.data_ptr()
-    if rows is None:
-        return at + 4 * start * data.stride(0), None
-    return at, rows.data_ptr() + 8 * start
-
-
 @lru_cache(maxsize=4)
 def _call(name: str) -> Any:
     kernel = getattr(library("products"), name)
@@ -191,22 +189,3 @@ def _call(name: str) -> Any:
         "gram": [pairs, at],
     }[name]
     return kernel
-
-
-def _shared(
-    some: Callable[[_Pairs, int], int], x: Tensor, g: Tensor, windows: Windows, rows: Tensor | None
-) -> None:
-    """Runs `some(records from start on, start)` for all, by several threads where it pays."""
-    shape = _shape(x.shape[1:], x.stride(), g.shape[1:], g.stride(), windows)
-
-    def run(start: int, stop: int) -> int:
-        base, numbers = _from(start, x, rows)
-        slopes, _ = _from(start, g, rows)
-        pairs = _Pairs(ctypes.pointer(shape), stop - start, base, slopes, numbers)
-        return some(pairs, start)
-
-    shared(
-        run,
-        len(g if rows is None else rows),
-        g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1],
-    )

@@ -106,6 +106,76 @@ def test_long_sums_keep_their_digits(level: str, places: int) -> None:
     assert torch.allclose(rstd.double(), exact.var(2, correction=0).rsqrt(), rtol=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, n) for n in (4, 70, 12, 9)]), threads=st.integers(1, 3),
+    pictures=st.booleans(), silent=st.booleans(), room=st.booleans(),
+)  # fmt: skip
+def _places_add_up(
+    shape: tuple[int, int, int, int], threads: int, pictures: bool, silent: bool, room: bool
+) -> None:
+    torch.manual_seed(0)
+    g = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    true = g.double().sum((2, 3))
+    if not pictures:
+        g = g.permute(0, 2, 3, 1).flatten(1, 2)
+    if silent:
+        g[0], true[0] = 0, 0
+    out = torch.full((shape[0], shape[1] + 5), 7.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(threads_of, "_WORTH_SHARING", 0)
+        found = norms.place_sums(g, out[:, 2:-3] if room else None)
+    assert found is not None
+    assert_near(found[0], true, shape[2] * shape[3])
+    assert found[1].tolist() == [silent, *[False] * (shape[0] - 1)]
+    if room:
+        assert torch.equal(out[:, 2:-3], found[0])
+        assert bool((out[:, :2] == 7).all())
+        assert bool((out[:, -3:] == 7).all())
+
+
+def test_sums_over_places_are_those_of_torch(level: str) -> None:
+    _places_add_up()
+
+
+def test_a_record_is_silent_where_all_its_numbers_are_zero(level: str) -> None:
+    g = torch.zeros(6, 3, 4, 2)
+    g[0, 2, 3, 1], g[2, 0, 0, 0], g[4] = 1e-40, float("nan"), -0.0
+    g[5, 1, 0] = torch.tensor([1.0, -1.0])
+    g = g.contiguous(memory_format=torch.channels_last)
+    for some in (g, g[0:0], g.permute(0, 2, 3, 1).flatten(1, 2)):
+        found = norms.place_sums(some)
+        assert found is not None
+        assert found[1].tolist() == [False, True, False, True, True, False][: len(some)]
+
+
+def test_sums_of_other_layouts_are_left_to_torch(level: str) -> None:
+    g = torch.zeros(2, 3, 4, 2)
+    assert norms.place_sums(g) is None
+    assert norms.place_sums(g.double().contiguous(memory_format=torch.channels_last)) is None
+    assert norms.place_sums(g.flatten(2).transpose(1, 2)) is None
+
+
+def test_gradients_are_written_where_there_is_room_for_them(level: str) -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 3, 8, 4, 4).contiguous().unbind()
+    x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    ones, room = torch.ones(8), torch.full((3, 30), 7.0)
+    out = (room[:, 2:10], room[:, 15:23])
+    _, mean, rstd = norms.group_forward(x, 2, ones, ones, 1e-5)
+    clean = norms.group_backward(g, x, mean, rstd, ones, back=True)[1:]
+    norms.group_backward(g, x, mean, rstd, ones, back=True, out=out)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(out, clean, strict=True))
+    x, g = x.flatten(1, 2).contiguous(), g.flatten(1, 2).contiguous()
+    _, mean, rstd = torch.native_layer_norm(x, (4,), ones[:4], ones[:4], 1e-5)
+    out = (room[:, 2:6], room[:, 15:19])
+    clean = norms.layer_backward(g, x, mean, rstd, ones[:4], back=True)[1:]
+    norms.layer_backward(g, x, mean, rstd, ones[:4], back=True, out=out)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(out, clean, strict=True))
+    assert bool((room[:, [0, 1, *range(10, 15), *range(23, 30)]] == 7).all())
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_record_that_is_not_finite_touches_no_other(level: str, broken: float) -> None:
     torch.manual_seed(0)

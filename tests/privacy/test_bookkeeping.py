@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError
-from fedfuse.kernels import norms, products
+from fedfuse.kernels import norms, products, tokens
 from fedfuse.privacy.clipping import book, convolution, embedding, layer, linear
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.clipping.linear import gram_squares
@@ -71,7 +71,7 @@ def forced(way: str) -> Iterator[None]:
     small = 10**9 if norm == "slab" else 0
     with ExitStack() as stack:
         if torch_alone:
-            for kernels in (norms, products):
+            for kernels in (norms, products, tokens):
                 stack.enter_context(mock.patch.object(kernels, "fits", return_value=False))
         for module in (book, linear, convolution, embedding):
             stack.enter_context(mock.patch.object(module, "SMALL", small))

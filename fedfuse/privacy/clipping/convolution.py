@@ -56,36 +56,27 @@ class ConvLayer(Layer):
             length, numbers = math.prod(g.shape[2:]), m.weight.numel()
             once = self.alone and len(kept) == 1
             gram = once and m.groups == 1 and numbers > SMALL
+            pairs = self.pairs(x, g, live) if once else None
             held = x[:1].numel() + g[:1].numel()
             if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
-                book.enter(ConvEntry(place, self, x, g, live), live)
-            elif once and (windows := self.windows(x, g)) is not None:
-                self._written(book, place, windows, x, g, live)
+                book.enter(ConvEntry(place, self, x, g, live, pairs), live)
+            elif pairs is not None:
+                book.write(place, live, _order(g.dim() - 2), pairs.write)
             else:
                 if live is not None:
                     x, g = _rows(x, live), _rows(g, live)
                 book.instantiate(place, *self._instantiated(book, place, x, g, live))
 
-    def windows(self, x: Tensor, g: Tensor) -> products.Windows | None:
+    def pairs(self, x: Tensor, g: Tensor, live: Tensor | None) -> products.Pairs | None:
         """The convolution as the kernels have it; None where they don't."""
         m: Any = self.module
         if x.dim() > 4 or m.groups > 1 or not products.fits(x, g):
             return None
-        return products.Windows(
+        windows = products.Windows(
             kernel=_two(m.kernel_size, 1), stride=_two(m.stride, 1),
             dilation=_two(m.dilation, 1), padding=_two(self.padding, 0),
         )  # fmt: skip
-
-    def _written(
-        self, book: Book, place: int, windows: products.Windows, x: Tensor, g: Tensor,
-        live: Tensor | None,
-    ) -> None:  # fmt: skip
-        book.write(
-            place, live, _order(g.dim() - 2),
-            lambda out, to: products.outer_products(
-                _picture(x), _picture(g), windows, out=out, rows=live, to=to
-            ),
-        )  # fmt: skip
+        return products.Pairs(_picture(x), _picture(g), windows, live)
 
     def _instantiated(
         self, book: Book, place: int, x: Tensor, g: Tensor, live: Tensor | None
@@ -128,10 +119,12 @@ class ConvEntry:
     """Gradients g^T a, where a are the patches of x, of a convolution without groups."""
 
     def __init__(
-        self, place: int, layer: ConvLayer, x: Tensor, g: Tensor, live: Tensor | None
-    ) -> None:
+        self, place: int, layer: ConvLayer, x: Tensor, g: Tensor, live: Tensor | None,
+        pairs: products.Pairs | None,
+    ) -> None:  # fmt: skip
         """x and g of all records, of which those count that `live` numbers."""
         self.place, self.layer, self.x, self.g, self.live = place, layer, x, g, live
+        self.pairs = pairs
 
     def _counting(self) -> tuple[Tensor, Tensor]:
         if self.live is None:
@@ -139,10 +132,8 @@ class ConvEntry:
         return _rows(self.x, self.live), _rows(self.g, self.live)
 
     def squares(self, owners: Owners | None) -> Tensor:
-        windows = self.layer.windows(self.x, self.g)
-        if windows is not None and owners is None:
-            x, g = _picture(self.x), _picture(self.g)
-            return products.gram_squares(x, g, windows, rows=self.live)
+        if self.pairs is not None and owners is None:
+            return self.pairs.squares()
         m: Any = self.layer.module
         x, g = self._counting()
         g = _by_place(g)
@@ -153,11 +144,9 @@ class ConvEntry:
         return torch.cat(found) if found else g.new_zeros(0)
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
-        windows = self.layer.windows(self.x, self.g)
-        if windows is not None and self.g[0].numel() >= products.LONG * self.g.shape[1]:
+        if self.pairs is not None and self.g[0].numel() >= products.LONG * self.g.shape[1]:
             total = torch.zeros_like(out).view(-1)
-            x, g = _picture(self.x), _picture(self.g)
-            products.add_weighted(x, g, windows, factors=factors, out=total, rows=self.live)
+            self.pairs.add_sum(factors, total)
             order = _order(out.dim() - 2)
             out.add_(total.view(stored(out.shape, order)).permute(order))
             return

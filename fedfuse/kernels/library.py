@@ -9,14 +9,33 @@ import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fedfuse.kernels.compiling import LEVELS, fingerprint, library_path
 
-__all__ = ["library", "plain", "why_not"]
+__all__ = ["Room", "library", "plain", "why_not"]
 
 FOLDER = Path(__file__).parent
+
+
+class Room(NamedTuple):
+    """Rows of float32 that a kernel writes to: where they begin, floats from row to row, and the
+    tensor that they are a part of, which is held with them."""
+
+    at: int
+    line: int
+    memory: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Room:
+        """Of (B, n), numbers of a row side by side."""
+        return cls(rows.data_ptr(), rows.stride(0), rows)
+
+    def column(self, start: int) -> Room:
+        """The same rows from this number on."""
+        return Room(self.at + 4 * start, self.line, self.memory)
 
 
 @lru_cache(maxsize=8)

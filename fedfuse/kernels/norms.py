@@ -4,17 +4,24 @@ the CPU."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedfuse.kernels.library import library, plain
+from fedfuse.kernels.library import Room, library, plain
 from fedfuse.kernels.threads import shared
 
-__all__ = ["fits", "group_backward", "group_forward", "layer_backward", "place_sums"]
+__all__ = [
+    "can_add_up",
+    "fits",
+    "group_backward",
+    "group_forward",
+    "layer_backward",
+    "place_sums",
+]
 
 _WORK = 8
 """Operations a number."""
@@ -54,81 +61,85 @@ def group_forward(
 
 
 def group_backward(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *, back: bool,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """(gradient of x, or None, and of each record's weight and bias, (B, C)), from g, that of y.
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, out: Sequence[Room], *,
+    back: bool,
+) -> Tensor | None:  # fmt: skip
+    """The gradient of x, or None, from g, that of y; those of each record's weight and bias go to
+    the two of `out`, (B, C), with as many floats from row to row.
 
     g, x  (B, C, H, W), channels last
     back  whether the gradient of x is wanted
-    out   where those of weight and bias go: two parts of one matrix's rows
 
     Raises MemoryError.
     """
     _, channels, height, width = x.shape
     sizes = (height * width, channels, mean.shape[1])
-    return _backward("group_backward", g, x, mean, rstd, weight, sizes, back, out)
+    return _backward("group_backward", g, x, mean, rstd, weight, sizes, out, back=back)
 
 
 def layer_backward(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *, back: bool,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, out: Sequence[Room], *,
+    back: bool,
+) -> Tensor | None:  # fmt: skip
     """As `group_backward`, of a layer norm over the last dimension of x (B, ..., C)."""
     channels = x.shape[-1]
-    sizes = (x[0].numel() // channels if len(x) else 0, channels, 1)
-    return _backward("layer_backward", g, x, mean, rstd, weight, sizes, back, out)
+    sizes = (x.numel() // max(1, len(x) * channels), channels, 1)
+    return _backward("layer_backward", g, x, mean, rstd, weight, sizes, out, back=back)
 
 
-def place_sums(g: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-    """(sums (B, C) over the places of g, (B,) bool: whether a record is zero throughout).
+def can_add_up(g: Tensor) -> bool:
+    """Whether `place_sums` takes g."""
+    if g.dim() == 4:
+        return g.is_contiguous(memory_format=torch.channels_last) and fits(g)
+    return g.dim() == 3 and g.is_contiguous() and fits(g)
 
-    g    (B, T, C), or pictures (B, C, H, W) with their channels last; for others, None is returned
-    out  where the sums go: a part of a matrix's rows
+
+def place_sums(g: Tensor, out: Room) -> Tensor:
+    """Writes the sums of g over its places to `out`, (B, C); returns which records (n,), in their
+    order, are not zero throughout.
+
+    g  (B, T, C), or pictures (B, C, H, W) with their channels last
 
     Raises MemoryError.
     """
-    if g.dim() == 3 and g.is_contiguous():
-        records, places, channels = g.shape
-    elif g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last):
-        records, channels, places = g.shape[0], g.shape[1], g.shape[2] * g.shape[3]
-    else:
-        return None
-    if not fits(g):
-        return None
-    sums = g.new_empty((records, channels)) if out is None else out
-    silent = torch.empty(records, dtype=torch.bool)
-    line, call = sums.stride(0), _call("place_sums")
-    lines = (_lines(g), _lines(sums))
-    at = silent.data_ptr()
+    channels = g.shape[2 if g.dim() == 3 else 1]
+    places = g.numel() // max(1, len(g) * channels)
+    heard = torch.empty(len(g), dtype=torch.int64)
+    (at, step), numbers, call = _lines(g), heard.data_ptr(), _call("place_sums")
+    parts = []
 
     def run(start: int, stop: int) -> int:
-        shape = _Shape(stop - start, places, channels, 1)
-        return int(call(shape, *_from(start, lines), line, at + start))
+        shape, count = _Shape(stop - start, places, channels, 1), ctypes.c_int64()
+        sums, mine = out.at + 4 * out.line * start, numbers + 8 * start
+        failed = int(call(shape, at + step * start, sums, out.line, start, mine, count))
+        parts.append((start, start + count.value))
+        return failed
 
-    shared(run, records, g.numel())
-    return sums, silent
+    shared(run, len(g), g.numel())
+    if len(parts) == 1:
+        return heard[: parts[0][1]]
+    return torch.cat([heard[start:stop] for start, stop in sorted(parts)])
 
 
 def _backward(
     name: str, g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-    sizes: tuple[int, int, int], back: bool, out: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    sizes: tuple[int, int, int], out: Sequence[Room], *, back: bool,
+) -> Tensor | None:  # fmt: skip
     by_x = torch.empty_like(x) if back else None
-    by_weight, by_bias = x.new_empty((2, len(x), sizes[1])) if out is None else out
-    line = by_weight.stride(0)
-    assert by_bias.stride(0) == line
+    by_weight, by_bias = out
+    assert by_weight.line == by_bias.line
+    line, step = by_weight.line, 4 * by_weight.line
     weight = weight.contiguous()
     at, call = weight.data_ptr(), _call(name)
     before = tuple(map(_lines, (g, x, mean, rstd)))
-    after = ((None, 0) if by_x is None else _lines(by_x), _lines(by_weight), _lines(by_bias))
+    after = ((None, 0) if by_x is None else _lines(by_x), (by_weight.at, step), (by_bias.at, step))
 
     def run(start: int, stop: int) -> int:
         shape = _Shape(stop - start, *sizes)
         return int(call(shape, *_from(start, before), at, *_from(start, after), line))
 
     shared(run, len(x), x.numel() * _WORK)
-    return by_x, by_weight, by_bias
+    return by_x
 
 
 def _lines(x: Tensor) -> tuple[int, int]:
@@ -146,7 +157,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "group_forward": [*[_POINTER] * 3, ctypes.c_double, *[_POINTER] * 3],
     "group_backward": [*[_POINTER] * 8, _NUMBER],
     "layer_backward": [*[_POINTER] * 8, _NUMBER],
-    "place_sums": [_POINTER, _POINTER, _NUMBER, _POINTER],
+    "place_sums": [*[_POINTER] * 2, *[_NUMBER] * 2, _POINTER, ctypes.POINTER(_NUMBER)],
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfuse.kernels.library import library, plain
+from fedfuse.kernels.library import Room, library, plain
 from fedfuse.kernels.threads import shared
 
 __all__ = [
@@ -95,15 +95,14 @@ class Pairs:
         self._records = len(g if rows is None else rows)
         self._work = g.numel() * self._shape.channels * windows.kernel[0] * windows.kernel[1]
 
-    def write(self, out: Tensor, to: Tensor | None = None) -> Tensor:
+    def write(self, out: Room, to: Tensor | None = None) -> Tensor:
         """Writes the products; returns their squared norms (n,).
 
-        out   (R, p O), numbers of a row side by side
+        out   (R, p O)
         to    (n,) int64: the rows of out that they take; None: the first n
         """
-        assert out.stride(1) == 1
         squares = torch.empty(self._records)
-        found, first, line = squares.data_ptr(), out.data_ptr(), out.stride(0)
+        found, (first, line, _) = squares.data_ptr(), out
         numbers, call = None if to is None else to.data_ptr(), _call("outer")
 
         def some(pairs: _Pairs, start: int) -> int:

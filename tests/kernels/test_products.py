@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedfuse.kernels import products
 from fedfuse.kernels import threads as threads_of
+from fedfuse.kernels.library import Room
 from fedfuse.kernels.products import Pairs, Windows
 
 
@@ -67,7 +68,7 @@ def _agree(
         patch.setattr(torch, "get_num_threads", lambda: threads)
         patch.setattr(threads_of, "_WORTH_SHARING", 0)
         made = Pairs(x, g, windows, rows)
-        squares = made.write(room[:, 2:-3], to)
+        squares = made.write(Room.of(room[:, 2:-3]), to)
         again = made.squares()
         factors = torch.rand(records)
         factors[0] = 0
@@ -102,7 +103,7 @@ def test_long_sums_are_added_up_in_parts(level: str, places: int) -> None:
     torch.manual_seed(0)
     a, g = torch.randn(2, 50, 1, places), torch.randn(2, 40, 1, places)
     out = torch.full((2, 50 * 40), float("nan"))
-    squares = Pairs(a, g).write(out)
+    squares = Pairs(a, g).write(Room.of(out))
     true = torch.einsum("bphw,bdhw->bpd", a.double(), g.double())
     assert float((out.view(2, 50, 40) - true).abs().max()) <= 2e-6 * float(true.abs().max())
     assert torch.allclose(squares.double(), true.square().sum((1, 2)), rtol=1e-6)
@@ -113,7 +114,7 @@ def test_gram_squares_are_the_squares_of_what_outer_products_writes(level: str) 
     for places, p, d in ((2, 5, 3), (9, 64, 192), (40, 100, 33)):
         a, g = torch.randn(3, p, 1, places), torch.randn(3, d, 1, places)
         out = torch.empty(3, p * d)
-        squares = Pairs(a, g).write(out)
+        squares = Pairs(a, g).write(Room.of(out))
         assert torch.allclose(squares, out.square().sum(1), rtol=1e-5)
         assert torch.allclose(Pairs(a, g).squares(), squares, rtol=1e-5)
 
@@ -128,7 +129,7 @@ def test_a_record_that_is_not_finite_has_no_finite_norm_and_touches_no_other(
     for x in (a, g):
         x[1, 2, 0, 3] = broken
         out = torch.empty(3, 20 * 35)
-        for found in (Pairs(a, g).write(out), Pairs(a, g).squares()):
+        for found in (Pairs(a, g).write(Room.of(out)), Pairs(a, g).squares()):
             assert not torch.isfinite(found[1])
             assert torch.allclose(found[[0, 2]], clean[[0, 2]], rtol=1e-5)
         x[1, 2, 0, 3] = 1.0
@@ -159,7 +160,7 @@ def _sequences_agree(records: int, places: int, p: int, d: int, turned: tuple[bo
     )
     out, total = torch.empty(records, p * d), torch.zeros(p * d)
     made = Pairs(a, g)
-    squares = made.write(out)
+    squares = made.write(Room.of(out))
     made.add_sum(torch.ones(records), total)
     near = {"rtol": 1e-5, "atol": 1e-5}
     assert torch.allclose(out.double(), true, **near)
@@ -176,7 +177,7 @@ def test_sequences_are_lines_of_pictures(level: str) -> None:
 
 def test_no_record_is_no_work(level: str) -> None:
     a, g = torch.randn(0, 3, 1, 4), torch.randn(0, 2, 1, 4)
-    assert Pairs(a, g).write(torch.empty(0, 6)).shape == (0,)
+    assert Pairs(a, g).write(Room.of(torch.empty(0, 6))).shape == (0,)
     assert Pairs(a, g).squares().shape == (0,)
 
 
@@ -193,4 +194,4 @@ def test_memory_that_is_missing_is_an_error(level: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(products, "_call", lambda name: refuses)
     a = torch.randn(1, 3, 1, 4)
     with pytest.raises(MemoryError, match="no memory for the arithmetic"):
-        Pairs(a, a).write(torch.empty(1, 9))
+        Pairs(a, a).write(Room.of(torch.empty(1, 9)))

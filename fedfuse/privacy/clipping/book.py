@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedfuse.kernels.library import plain
+from fedfuse.kernels.library import Room, plain
 from fedfuse.privacy.clipping.costs import SMALL
 from fedfuse.privacy.lengths import lengths
 
@@ -70,7 +70,7 @@ class Entry(Protocol):
         ...
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
-        """Adds to `out` (the weight's shape) the sum of factors[i] times gradient i.
+        """Adds to `out` (n,), the weight's numbers, the sum of factors[i] times gradient i.
 
         factors (B,), 0 for each record of `broken` (B,) bool, whose numbers may be anything.
         """
@@ -125,18 +125,20 @@ class Book:
             return self._rows_of_slab().narrow(1, columns.start, p.numel())
         return torch.empty((self.rows, p.numel()), dtype=p.dtype, device=p.device)
 
-    def claim(self, *places: int) -> list[Tensor] | None:
-        """(B, n) of the slab for each of these parameters, to which a kernel writes at once.
+    def claim(self, *places: int) -> list[Room] | None:
+        """Where in the slab a kernel writes each of these parameters' gradients (B, n) at once.
 
         None where gradients have to be given to `instantiate`: those of a large parameter, those
         that are added to others, and those in a dtype that there are no kernels for.
         """
         if not all(place in self._columns and place not in self._written for place in places):
             return None
-        if not plain(self._rows_of_slab()):
+        slab = self._rows_of_slab()
+        if not plain(slab):
             return None
         self._written.update(places)
-        return [self.room(place) for place in places]
+        whole = Room.of(slab)
+        return [whole.column(self._columns[place].start) for place in places]
 
     def _rows_of_slab(self) -> Tensor:
         """(B, S), kept from step to step."""
@@ -194,25 +196,29 @@ class Book:
         place: int,
         live: Tensor | None,
         order: tuple[int, ...] | None,
-        to: Callable[[Tensor, Tensor | None], Tensor],
+        to: Callable[[Room, Tensor | None], Tensor],
     ) -> None:
         """As `instantiate`, once for a parameter in a pass, with gradients that `to` writes.
 
-        to(out (R, n), rows)   writes the gradient of its record i to out[rows[i]], or out[i] where
-                               there are no rows, and gives the squared norms
+        to(out, rows)   writes the gradient (n,) of its record i to row rows[i] of out, or to row i
+                        where there are no rows, and gives the squared norms
         """
         assert self.fresh(place)
-        self._written.add(place)
-        self._order[place] = order
-        room = self.room(place)
-        if place not in self._columns:
-            room = room if live is None else room[: len(live)]
-            self._found[place] = to(room, None)
-            self._large[place] = (room, live)
+        rooms = self.claim(place)
+        if rooms is not None:
+            self._order[place] = order
+            if live is not None:
+                self.room(place).zero_()
+            to(rooms[0], live)
             return
-        if live is not None:
-            room.zero_()
-        to(room, live)
+        p = self.parameters[place]
+        rows = self.rows if live is None else len(live)
+        grads = torch.empty((rows, p.numel()), dtype=p.dtype, device=p.device)
+        squares = to(Room.of(grads), None)
+        shape = p.shape if order is None else stored(p.shape, order)
+        self.instantiate(place, grads.view(-1, *shape), live, order)
+        if place in self._large:
+            self._found[place] = squares
 
     def _in_order(self, place: int) -> Tensor:
         """(B, n) of a large parameter, as its own numbers lie."""
@@ -305,7 +311,7 @@ class Book:
             if any_broken:
                 slab[broken] = 0
             for number, columns in self._runs(part_of):
-                self._add_up_columns(of_part[number] @ slab[:, columns], columns, sums)
+                self._add_columns(of_part[number] @ slab[:, columns], columns, sums)
         for place, (grads, live) in self._large.items():
             mine = of_part[part_of[place]]
             if any_broken:
@@ -321,10 +327,9 @@ class Book:
         for entry, live in self._entries:
             mine = _some(of_part[part_of[entry.place]], live)
             lost = _some(broken, live) if any_broken else None
-            whole = sums[entry.place].view(self.parameters[entry.place].shape)
-            entry.add_sum(mine, lost, whole)
+            entry.add_sum(mine, lost, sums[entry.place])
 
-    def _add_up_columns(self, total: Tensor, columns: slice, sums: Sequence[Tensor]) -> None:
+    def _add_columns(self, total: Tensor, columns: slice, sums: Sequence[Tensor]) -> None:
         """Adds `total`, of some columns of the slab, to the sums of their parameters."""
         places = [p for p, c in self._columns.items() if columns.start <= c.start < columns.stop]
         parts = list(total.split([self.parameters[place].numel() for place in places]))

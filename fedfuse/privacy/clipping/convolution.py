@@ -57,7 +57,7 @@ class ConvLayer(Layer):
             once = self.alone and len(kept) == 1
             gram = once and m.groups == 1 and numbers > SMALL
             pairs = self.pairs(x, g, live) if once else None
-            held = x[:1].numel() + g[:1].numel()
+            held = (x.numel() + g.numel()) // max(1, len(x))
             if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
                 book.enter(ConvEntry(place, self, x, g, live, pairs), live)
             elif pairs is not None:
@@ -144,11 +144,12 @@ class ConvEntry:
         return torch.cat(found) if found else g.new_zeros(0)
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
+        shape = self.layer.module.weight.shape
         if self.pairs is not None and self.g[0].numel() >= products.LONG * self.g.shape[1]:
-            total = torch.zeros_like(out).view(-1)
+            total = torch.zeros_like(out)
             self.pairs.add_sum(factors, total)
-            order = _order(out.dim() - 2)
-            out.add_(total.view(stored(out.shape, order)).permute(order))
+            order = _order(self.x.dim() - 2)
+            out.view(shape).add_(total.view(stored(shape, order)).permute(order))
             return
         x, g = self._counting()
         extra = (1,) * (x.dim() - 1)
@@ -156,7 +157,7 @@ class ConvEntry:
             x = x.masked_fill(broken.view(-1, *extra), 0)
             g = g.masked_fill(broken.view(-1, *extra), 0)
         g = g * factors.view(-1, *extra)
-        out.add_(_backward(g, x, self.layer, (False, True))[1])
+        out.view(shape).add_(_backward(g, x, self.layer, (False, True))[1])
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class EmbeddingEntry:
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         g = self.g if broken is None else self.g.masked_fill(broken[:, None, None], 0)
         weighted = (g * factors[:, None, None]).flatten(0, 1)
-        out.index_add_(0, self.ids.reshape(-1), weighted)
+        out.view(-1, g.shape[2]).index_add_(0, self.ids.reshape(-1), weighted)
 
 
 class _Embedding(torch.autograd.Function):

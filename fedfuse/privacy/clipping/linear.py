@@ -94,7 +94,7 @@ class LinearEntry:
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         if self.pairs is not None and self.a.shape[1] >= products.LONG:
-            self.pairs.add_sum(factors, out.view(-1))
+            self.pairs.add_sum(factors, out)
             return
         a, g = self._counting()
         if broken is not None:
@@ -104,7 +104,8 @@ class LinearEntry:
             a = a * factors[:, None, None]
         else:
             g = g * factors[:, None, None]
-        out.addmm_(g.flatten(0, 1).t(), a.flatten(0, 1))
+        g, a = g.flatten(0, 1), a.flatten(0, 1)
+        out.view(g.shape[1], a.shape[1]).addmm_(g.t(), a)
 
 
 def gram_squares(a: Tensor, g: Tensor) -> Tensor:

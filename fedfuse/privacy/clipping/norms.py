@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.kernels import norms
+from fedfuse.kernels.library import Room
 from fedfuse.privacy.clipping.book import Book
 from fedfuse.privacy.clipping.layer import Layer
 
@@ -30,9 +31,13 @@ class _NormLayer(Layer):
 
     def backward(self, kernel: Callable[..., Any], g: Tensor, *saved: Tensor, back: bool) -> Any:
         """The gradient of the input by a `kernel`; those of weight and bias go into the book."""
-        rooms = self.claim("weight", "bias")
-        by_x, *grads = kernel(g, *saved, self.module.weight, back=back, out=rooms)
+        weight = self.module.weight
+        rooms, grads = self.claim("weight", "bias"), None
         if rooms is None:
+            grads = g.new_empty((2, len(g), weight.numel()))
+            rooms = [Room.of(part) for part in grads]
+        by_x = kernel(g, *saved, weight, rooms, back=back)
+        if grads is not None:
             self.keep(*grads)
         return by_x, None, None
 

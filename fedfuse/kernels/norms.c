@@ -219,17 +219,18 @@ int layer_backward(const Shape *s, const float *g, const float *x, const float *
     return failed;
 }
 
-/* The sums of g over places, with `line` floats from record to record; the numbers of the records that
-   are not zero throughout, counted from `start`, go to `heard`, and how many they are to `count`. */
+/* The sums of g over places, with `line` floats from record to record. Where `loud` is given, the
+   numbers of the records that are not zero throughout, counted from `start`, go there, and how many
+   they are to `count`. */
 int place_sums(const Shape *s, const float *g, float *sums, int64_t line, int64_t start,
-               int64_t *heard, int64_t *count) {
+               int64_t *loud, int64_t *count) {
     int64_t n = s->channels, size = s->places * n, span = span_of(s);
     float *part = calloc(2 * span, sizeof *part);
     double *sum = calloc(n, sizeof *sum);
     int failed = !part || !sum;
     *count = 0;
     for (int64_t i = 0; !failed && i < s->records; i++, g += size, sums += line) {
-        int silent = 1;
+        int silent = loud != NULL;
         memset(sum, 0, n * sizeof *sum);
         add_up(SUM, g, g, g, size, n, span, part, sum, NULL);
         for (int64_t c = 0; c < n; c++) {
@@ -238,8 +239,8 @@ int place_sums(const Shape *s, const float *g, float *sums, int64_t line, int64_
         }
         for (int64_t k = 0; silent && k < size; k++) /* they may add up to zero */
             silent = g[k] == 0;
-        if (!silent)
-            heard[(*count)++] = start + i;
+        if (loud && !silent)
+            loud[(*count)++] = start + i;
     }
     free(part);
     free(sum);

@@ -94,9 +94,9 @@ def can_add_up(g: Tensor) -> bool:
     return g.dim() == 3 and g.is_contiguous() and fits(g)
 
 
-def place_sums(g: Tensor, out: Room) -> Tensor:
+def place_sums(g: Tensor, out: Room, *, listen: bool = True) -> Tensor | None:
     """Writes the sums of g over its places to `out`, (B, C); returns which records (n,), in their
-    order, are not zero throughout.
+    order, are not zero throughout, or None where `listen` says that nobody wants to know.
 
     g  (B, T, C), or pictures (B, C, H, W) with their channels last
 
@@ -104,21 +104,22 @@ def place_sums(g: Tensor, out: Room) -> Tensor:
     """
     channels = g.shape[2 if g.dim() == 3 else 1]
     places = g.numel() // max(1, len(g) * channels)
-    heard = torch.empty(len(g), dtype=torch.int64)
-    (at, step), numbers, call = _lines(g), heard.data_ptr(), _call("place_sums")
+    loud = torch.empty(len(g), dtype=torch.int64) if listen else None
+    numbers = None if loud is None else loud.data_ptr()
+    (at, step), call = _lines(g), _call("place_sums")
     parts = []
 
     def run(start: int, stop: int) -> int:
         shape, count = _Shape(stop - start, places, channels, 1), ctypes.c_int64()
-        sums, mine = out.at + 4 * out.line * start, numbers + 8 * start
+        sums, mine = out.at + 4 * out.line * start, numbers and numbers + 8 * start
         failed = int(call(shape, at + step * start, sums, out.line, start, mine, count))
         parts.append((start, start + count.value))
         return failed
 
     shared(run, len(g), g.numel())
-    if len(parts) == 1:
-        return heard[: parts[0][1]]
-    return torch.cat([heard[start:stop] for start, stop in sorted(parts)])
+    if loud is None or len(parts) == 1:
+        return loud if loud is None else loud[: parts[0][1]]
+    return torch.cat([loud[start:stop] for start, stop in sorted(parts)])
 
 
 def _backward(

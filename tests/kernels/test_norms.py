@@ -144,6 +144,7 @@ def _places_add_up(
         patch.setattr(threads_of, "_WORTH_SHARING", 0)
         loud = norms.place_sums(g, Room.of(out[:, 2:-3]))
     assert_near(out[:, 2:-3], true, shape[2] * shape[3])
+    assert loud is not None
     assert loud.tolist() == list(range(int(silent), shape[0]))
     assert bool((out[:, :2] == 7).all())
     assert bool((out[:, -3:] == 7).all())
@@ -160,7 +161,9 @@ def test_a_record_is_silent_where_all_its_numbers_are_zero(level: str) -> None:
     g = g.contiguous(memory_format=torch.channels_last)
     for some in (g, g[0:0], g.permute(0, 2, 3, 1).flatten(1, 2)):
         loud = norms.place_sums(some, Room.of(torch.empty(len(some), 3)))
+        assert loud is not None
         assert loud.tolist() == ([0, 2, 5] if len(some) else [])
+        assert norms.place_sums(some, Room.of(torch.empty(len(some), 3)), listen=False) is None
 
 
 def test_sums_of_other_layouts_are_left_to_torch(level: str) -> None:

@@ -18,15 +18,13 @@ from pathlib import Path
 
 __all__ = ["LEVELS", "SOURCES", "compile_all", "fingerprint", "library_path"]
 
+_ANY_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
+
 SOURCES = {
     "normals": ("-ffp-contract=off",),
-    "norms": (
-        "-ffp-contract=fast",
-        "-fassociative-math",
-        "-fno-signed-zeros",
-        "-fno-trapping-math",
-    ),
+    "norms": ("-ffp-contract=fast", *_ANY_ORDER),
     "products": ("-ffp-contract=fast",),
+    "tokens": ("-ffp-contract=fast", *_ANY_ORDER),
 }
 """What is compiled, and what liberty is taken with the order of operations in it."""
 

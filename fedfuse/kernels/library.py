@@ -9,14 +9,33 @@ import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fedfuse.kernels.compiling import LEVELS, fingerprint, library_path
 
-__all__ = ["library", "plain", "why_not"]
+__all__ = ["Room", "library", "plain", "why_not"]
 
 FOLDER = Path(__file__).parent
+
+
+class Room(NamedTuple):
+    """Rows of float32 that a kernel writes to: where they begin, floats from row to row, and the
+    tensor that they are a part of, which is held with them."""
+
+    at: int
+    line: int
+    memory: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Room:
+        """Of (B, n), numbers of a row side by side."""
+        return cls(rows.data_ptr(), rows.stride(0), rows)
+
+    def column(self, start: int) -> Room:
+        """The same rows from this number on."""
+        return Room(self.at + 4 * start, self.line, self.memory)
 
 
 @lru_cache(maxsize=8)
@@ -55,4 +74,7 @@ def why_not(source: str) -> str:
 
 def plain(*tensors: torch.Tensor) -> bool:
     """Whether they hold what kernels take: float32, in this machine's own memory."""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    for t in tensors:  # noqa: SIM110 - a loop is fast, and this is asked for each product of a step
+        if t.dtype != torch.float32 or not t.is_cpu:
+            return False
+    return True

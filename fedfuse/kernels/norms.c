@@ -1,7 +1,8 @@
 /* Group norm of pictures with their channels last, and layer norm, with each record's own gradients
    of weight and bias; C. Wu and K. He 2018 (arXiv:1803.08494), J. L. Ba et al. 2016
-   (arXiv:1607.06450). A record is (places, channels), channels side by side. Sums over places are
-   made in float32 over RUN of them, and added up in float64. */
+   (arXiv:1607.06450); and the sums over places that are each record's gradient of any other bias. A
+   record is (places, channels), channels side by side. Sums over places are made in float32 over RUN
+   of them, and added up in float64. */
 
 #include <math.h>
 #include <stdint.h>
@@ -10,7 +11,10 @@
 
 const char source[] = SOURCE;
 
-enum { RUN = 64, SPAN = 64 };
+#define INLINE static inline __attribute__((always_inline))
+
+enum { RUN = 64, SPAN = 4 * WIDTH }; /* SPAN sums are in registers at once */
+enum { SUM, SPREAD, PRODUCTS };      /* what is added up; see `term` */
 
 typedef struct {
     int64_t records, places, channels, groups;
@@ -18,9 +22,9 @@ typedef struct {
 
 static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Numbers that are worked on side by side: whole places, some SPAN of them. */
+/* Numbers that are worked on side by side: whole places, SPAN of them at least. */
 static int64_t span_of(const Shape *s) {
-    return s->channels < SPAN ? SPAN / s->channels * s->channels : s->channels;
+    return (s->channels < SPAN ? (SPAN + s->channels - 1) / s->channels : 1) * s->channels;
 }
 
 /* Adds up what each number of a span has, by channel; `part` is zero afterwards. */
@@ -30,6 +34,45 @@ static void drain(int64_t span, int64_t n, float *restrict part, double *restric
             sum[c] += part[k + c];
             part[k + c] = 0;
         }
+}
+
+/* Adds one number's share to its sums, `middle` being the mean. */
+INLINE void term(int what, float x, float g, float middle, float *first, float *second) {
+    if (what == SUM)
+        *first += x;
+    if (what == SPREAD)
+        *first += (x - middle) * (x - middle);
+    if (what == PRODUCTS) {
+        *first += g;
+        *second += g * (x - middle);
+    }
+}
+
+/* Adds up what a record's `size` numbers give, by channel: to `sum`, and the products to `product`.
+   `middle` (span,) are the means; `part` (2, span) is zero, before and after. */
+INLINE void add_up(int what, const float *x, const float *g, const float *middle, int64_t size,
+                   int64_t n, int64_t span, float *part, double *sum, double *product) {
+    float *first = part, *second = part + span;
+    int64_t fast = span / SPAN * SPAN;
+    for (int64_t run = 0; run < size; run += RUN * span) {
+        int64_t stop = shorter(run + RUN * span, size), whole = run + (stop - run) / span * span;
+        for (int64_t column = 0; column < fast; column += SPAN) {
+            float a[SPAN] = {0}, b[SPAN] = {0};
+            for (int64_t t = run + column; t < whole; t += span)
+                for (int k = 0; k < SPAN; k++)
+                    term(what, x[t + k], g[t + k], middle[column + k], a + k, b + k);
+            memcpy(first + column, a, sizeof a);
+            memcpy(second + column, b, sizeof b);
+        }
+        for (int64_t t = run; t < whole; t += span)
+            for (int64_t k = fast; k < span; k++)
+                term(what, x[t + k], g[t + k], middle[k], first + k, second + k);
+        for (int64_t k = 0; whole + k < stop; k++)
+            term(what, x[whole + k], g[whole + k], middle[k], first + k, second + k);
+        drain(span, n, first, sum);
+        if (what == PRODUCTS)
+            drain(span, n, second, product);
+    }
 }
 
 /* The first n of `values` again and again, as far as a span goes. */
@@ -43,19 +86,14 @@ static void repeat(int64_t span, int64_t n, float *values) {
 int group_forward(const Shape *s, const float *x, const float *weight, const float *bias,
                   double eps, float *y, float *mean, float *rstd) {
     int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
-    float *work = calloc(4 * span, sizeof *work);
+    float *work = calloc(5 * span, sizeof *work);
     double *sum = calloc(n, sizeof *sum), count = (double)s->places * each;
-    float *restrict part = work, *restrict middle = work + span, *restrict scale = work + 2 * span;
-    float *restrict shift = work + 3 * span;
+    float *part = work, *restrict middle = work + 2 * span, *restrict scale = work + 3 * span;
+    float *restrict shift = work + 4 * span;
     int failed = !work || !sum;
     for (int64_t i = 0; !failed && i < s->records; i++, x += size, y += size) {
         memset(sum, 0, n * sizeof *sum);
-        for (int64_t run = 0; run < size; run += RUN * span) {
-            for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
-                for (int64_t k = 0; k < shorter(span, size - t); k++)
-                    part[k] += x[t + k];
-            drain(span, n, part, sum);
-        }
+        add_up(SUM, x, x, x, size, n, span, part, sum, NULL);
         for (int64_t k = 0; k < s->groups; k++) {
             double total = 0;
             for (int64_t c = k * each; c < (k + 1) * each; c++)
@@ -66,12 +104,7 @@ int group_forward(const Shape *s, const float *x, const float *weight, const flo
         }
         repeat(span, n, middle);
         memset(sum, 0, n * sizeof *sum);
-        for (int64_t run = 0; run < size; run += RUN * span) {
-            for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
-                for (int64_t k = 0; k < shorter(span, size - t); k++)
-                    part[k] += (x[t + k] - middle[k]) * (x[t + k] - middle[k]);
-            drain(span, n, part, sum);
-        }
+        add_up(SPREAD, x, x, middle, size, n, span, part, sum, NULL);
         for (int64_t k = 0; k < s->groups; k++) {
             double total = 0;
             for (int64_t c = k * each; c < (k + 1) * each; c++)
@@ -93,34 +126,26 @@ int group_forward(const Shape *s, const float *x, const float *weight, const flo
     return failed;
 }
 
-/* From g, the gradient of y: each record's gradients of weight and bias, (records, channels), and
-   that of x, unless `back` is NULL. */
+/* From g, the gradient of y: each record's gradients of weight and bias, (records, channels) with
+   `line` floats from record to record, and that of x, unless `back` is NULL. */
 int group_backward(const Shape *s, const float *g, const float *x, const float *mean,
                    const float *rstd, const float *weight, float *back, float *by_weight,
-                   float *by_bias) {
+                   float *by_bias, int64_t line) {
     int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
     float *work = calloc(6 * span, sizeof *work);
     double *sums = calloc(2 * n, sizeof *sums), count = (double)s->places * each;
-    float *restrict first = work, *restrict second = work + span, *restrict of_g = work + 2 * span;
+    float *part = work, *restrict of_g = work + 2 * span;
     float *restrict of_x = work + 3 * span, *restrict rest = work + 4 * span;
     float *restrict middle = work + 5 * span;
     double *slope = sums, *product = sums + n;
     int failed = !work || !sums;
     for (int64_t i = 0; !failed && i < s->records; i++, g += size, x += size, mean += s->groups,
-                 rstd += s->groups, by_weight += n, by_bias += n) {
+                 rstd += s->groups, by_weight += line, by_bias += line) {
         memset(sums, 0, 2 * n * sizeof *sums);
         for (int64_t c = 0; c < n; c++)
             middle[c] = mean[c / each];
         repeat(span, n, middle);
-        for (int64_t run = 0; run < size; run += RUN * span) {
-            for (int64_t t = run; t < shorter(run + RUN * span, size); t += span)
-                for (int64_t k = 0; k < shorter(span, size - t); k++) {
-                    first[k] += g[t + k];
-                    second[k] += g[t + k] * (x[t + k] - middle[k]);
-                }
-            drain(span, n, first, slope);
-            drain(span, n, second, product);
-        }
+        add_up(PRODUCTS, x, g, middle, size, n, span, part, slope, product);
         for (int64_t c = 0; c < n; c++) {
             by_bias[c] = slope[c];
             by_weight[c] = product[c] * rstd[c / each];
@@ -156,13 +181,13 @@ int group_backward(const Shape *s, const float *g, const float *x, const float *
 /* The same of a layer norm over the channels of each place; mean and rstd are (records, places). */
 int layer_backward(const Shape *s, const float *g, const float *x, const float *mean,
                    const float *rstd, const float *weight, float *back, float *by_weight,
-                   float *by_bias) {
+                   float *by_bias, int64_t line) {
     int64_t n = s->channels;
     float *work = calloc(2 * n, sizeof *work);
     double *sums = calloc(2 * n, sizeof *sums);
     float *restrict first = work, *restrict second = work + n;
     int failed = !work || !sums;
-    for (int64_t i = 0; !failed && i < s->records; i++, by_weight += n, by_bias += n) {
+    for (int64_t i = 0; !failed && i < s->records; i++, by_weight += line, by_bias += line) {
         memset(sums, 0, 2 * n * sizeof *sums);
         for (int64_t t = 0; t < s->places; t++, g += n, x += n, mean++, rstd++) {
             float m = *mean, r = *rstd, a = 0, b = 0;
@@ -191,5 +216,32 @@ int layer_backward(const Shape *s, const float *g, const float *x, const float *
     }
     free(work);
     free(sums);
+    return failed;
+}
+
+/* The sums of g over places, with `line` floats from record to record; the numbers of the records that
+   are not zero throughout, counted from `start`, go to `heard`, and how many they are to `count`. */
+int place_sums(const Shape *s, const float *g, float *sums, int64_t line, int64_t start,
+               int64_t *heard, int64_t *count) {
+    int64_t n = s->channels, size = s->places * n, span = span_of(s);
+    float *part = calloc(2 * span, sizeof *part);
+    double *sum = calloc(n, sizeof *sum);
+    int failed = !part || !sum;
+    *count = 0;
+    for (int64_t i = 0; !failed && i < s->records; i++, g += size, sums += line) {
+        int silent = 1;
+        memset(sum, 0, n * sizeof *sum);
+        add_up(SUM, g, g, g, size, n, span, part, sum, NULL);
+        for (int64_t c = 0; c < n; c++) {
+            sums[c] = sum[c];
+            silent &= sum[c] == 0;
+        }
+        for (int64_t k = 0; silent && k < size; k++) /* they may add up to zero */
+            silent = g[k] == 0;
+        if (!silent)
+            heard[(*count)++] = start + i;
+    }
+    free(part);
+    free(sum);
     return failed;
 }

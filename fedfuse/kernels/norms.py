@@ -1,18 +1,27 @@
-"""Group norm with channels last, and layer norm backwards, by `norms.c`; float32 on the CPU."""
+"""Group norm with channels last, layer norm backwards, sums over places, by `norms.c`; float32 on
+the CPU."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedfuse.kernels.library import library, plain
+from fedfuse.kernels.library import Room, library, plain
 from fedfuse.kernels.threads import shared
 
-__all__ = ["fits", "group_backward", "group_forward", "layer_backward"]
+__all__ = [
+    "can_add_up",
+    "fits",
+    "group_backward",
+    "group_forward",
+    "layer_backward",
+    "place_sums",
+]
 
 _WORK = 8
 """Operations a number."""
@@ -40,25 +49,23 @@ def group_forward(
     mean, rstd = x.new_empty((2, len(x), groups))
     weight, bias = weight.contiguous(), bias.contiguous()
     records, channels, height, width = x.shape
-    call = _call("group_forward", 4, 3)
+    call, whole = _call("group_forward"), (weight.data_ptr(), bias.data_ptr(), eps)
+    seen, made = _lines(x), tuple(map(_lines, (y, mean, rstd)))
 
     def run(start: int, stop: int) -> int:
         shape = _Shape(stop - start, height * width, channels, groups)
-        return int(
-            call(
-                shape, x[start:].data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,
-                y[start:].data_ptr(), mean[start:].data_ptr(), rstd[start:].data_ptr(),
-            )
-        )  # fmt: skip
+        return int(call(shape, *_from(start, [seen]), *whole, *_from(start, made)))
 
     shared(run, records, x.numel() * _WORK)
     return y, mean, rstd
 
 
 def group_backward(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *, back: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(gradient of x, or None, and of each record's weight and bias, (B, C)), from g, that of y.
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, out: Sequence[Room], *,
+    back: bool,
+) -> Tensor | None:  # fmt: skip
+    """The gradient of x, or None, from g, that of y; those of each record's weight and bias go to
+    the two of `out`, (B, C), with as many floats from row to row.
 
     g, x  (B, C, H, W), channels last
     back  whether the gradient of x is wanted
@@ -67,46 +74,95 @@ def group_backward(
     """
     _, channels, height, width = x.shape
     sizes = (height * width, channels, mean.shape[1])
-    return _backward("group_backward", g, x, mean, rstd, weight, sizes, back=back)
+    return _backward("group_backward", g, x, mean, rstd, weight, sizes, out, back=back)
 
 
 def layer_backward(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *, back: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, out: Sequence[Room], *,
+    back: bool,
+) -> Tensor | None:  # fmt: skip
     """As `group_backward`, of a layer norm over the last dimension of x (B, ..., C)."""
     channels = x.shape[-1]
-    sizes = (x[0].numel() // channels if len(x) else 0, channels, 1)
-    return _backward("layer_backward", g, x, mean, rstd, weight, sizes, back=back)
+    sizes = (x.numel() // max(1, len(x) * channels), channels, 1)
+    return _backward("layer_backward", g, x, mean, rstd, weight, sizes, out, back=back)
+
+
+def can_add_up(g: Tensor) -> bool:
+    """Whether `place_sums` takes g."""
+    if g.dim() == 4:
+        return g.is_contiguous(memory_format=torch.channels_last) and fits(g)
+    return g.dim() == 3 and g.is_contiguous() and fits(g)
+
+
+def place_sums(g: Tensor, out: Room) -> Tensor:
+    """Writes the sums of g over its places to `out`, (B, C); returns which records (n,), in their
+    order, are not zero throughout.
+
+    g  (B, T, C), or pictures (B, C, H, W) with their channels last
+
+    Raises MemoryError.
+    """
+    channels = g.shape[2 if g.dim() == 3 else 1]
+    places = g.numel() // max(1, len(g) * channels)
+    heard = torch.empty(len(g), dtype=torch.int64)
+    (at, step), numbers, call = _lines(g), heard.data_ptr(), _call("place_sums")
+    parts = []
+
+    def run(start: int, stop: int) -> int:
+        shape, count = _Shape(stop - start, places, channels, 1), ctypes.c_int64()
+        sums, mine = out.at + 4 * out.line * start, numbers + 8 * start
+        failed = int(call(shape, at + step * start, sums, out.line, start, mine, count))
+        parts.append((start, start + count.value))
+        return failed
+
+    shared(run, len(g), g.numel())
+    if len(parts) == 1:
+        return heard[: parts[0][1]]
+    return torch.cat([heard[start:stop] for start, stop in sorted(parts)])
 
 
 def _backward(
     name: str, g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-    sizes: tuple[int, int, int], *, back: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    out = torch.empty_like(x) if back else None
-    by_weight, by_bias = x.new_empty((2, len(x), sizes[1]))
+    sizes: tuple[int, int, int], out: Sequence[Room], *, back: bool,
+) -> Tensor | None:  # fmt: skip
+    by_x = torch.empty_like(x) if back else None
+    by_weight, by_bias = out
+    assert by_weight.line == by_bias.line
+    line, step = by_weight.line, 4 * by_weight.line
     weight = weight.contiguous()
-    call = _call(name, 9, 0)
+    at, call = weight.data_ptr(), _call(name)
+    before = tuple(map(_lines, (g, x, mean, rstd)))
+    after = ((None, 0) if by_x is None else _lines(by_x), (by_weight.at, step), (by_bias.at, step))
 
     def run(start: int, stop: int) -> int:
-        return int(
-            call(
-                _Shape(stop - start, *sizes), g[start:].data_ptr(), x[start:].data_ptr(),
-                mean[start:].data_ptr(), rstd[start:].data_ptr(), weight.data_ptr(),
-                None if out is None else out[start:].data_ptr(),
-                by_weight[start:].data_ptr(), by_bias[start:].data_ptr(),
-            )
-        )  # fmt: skip
+        shape = _Shape(stop - start, *sizes)
+        return int(call(shape, *_from(start, before), at, *_from(start, after), line))
 
     shared(run, len(x), x.numel() * _WORK)
-    return out, by_weight, by_bias
+    return by_x
 
 
-@lru_cache(maxsize=3)
-def _call(name: str, before: int, after: int) -> Any:
-    """A kernel with so many pointers before and after the number that it takes, if any."""
+def _lines(x: Tensor) -> tuple[int, int]:
+    """Where x is, and how many bytes from record to record."""
+    return x.data_ptr(), 4 * x.stride(0)
+
+
+def _from(start: int, lines: Iterable[tuple[int | None, int]]) -> list[int | None]:
+    """Where each begins from record `start` on."""
+    return [None if at is None else at + start * step for at, step in lines]
+
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS: dict[str, list[Any]] = {
+    "group_forward": [*[_POINTER] * 3, ctypes.c_double, *[_POINTER] * 3],
+    "group_backward": [*[_POINTER] * 8, _NUMBER],
+    "layer_backward": [*[_POINTER] * 8, _NUMBER],
+    "place_sums": [*[_POINTER] * 2, *[_NUMBER] * 2, _POINTER, ctypes.POINTER(_NUMBER)],
+}
+
+
+@lru_cache(maxsize=4)
+def _call(name: str) -> Any:
     kernel = getattr(library("norms"), name)
-    at = ctypes.c_void_p
-    number = [ctypes.c_double, *[at] * after] if after else []
-    kernel.argtypes = [ctypes.POINTER(_Shape), *[at] * (before - 1), *number]
+    kernel.argtypes = [ctypes.POINTER(_Shape), *_ARGUMENTS[name]]
     return kernel

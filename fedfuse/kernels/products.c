@@ -434,13 +434,3 @@ int gram(const Pairs *pairs, float *squares) {
     end(&w);
     return failed;
 }
-
-/* For each record of g, `numbers` floats side by side, whether all of them are zero. */
-void silent(const float *g, int64_t records, int64_t numbers, uint8_t *found) {
-    for (int64_t i = 0; i < records; i++, g += numbers) {
-        int64_t k = 0;
-        while (k < numbers && g[k] == 0)
-            k++;
-        found[i] = k == numbers;
-    }
-}

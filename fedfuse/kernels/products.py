@@ -11,22 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfuse.kernels.library import library, plain
+from fedfuse.kernels.library import Room, library, plain
 from fedfuse.kernels.threads import shared
 
 __all__ = [
     "LONG",
+    "ONE",
+    "Pairs",
     "Windows",
-    "add_weighted",
     "fits",
-    "gram_squares",
-    "outer_products",
-    "silent_records",
     "tiles",
 ]
 
 LONG = 8
-"""Places from which `add_weighted` is worth it: it fetches and stores its sum for each record."""
+"""Places from which `Pairs.add_sum` is worth it: it fetches and stores its sum for each record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +36,9 @@ class Windows:
     dilation: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
 
+
+ONE = Windows()
+"""Of a linear layer: each place sees itself."""
 
 _SIZES = (
     "height", "width", "channels", "x_record", "x_height", "x_width", "x_channel",
@@ -67,115 +68,113 @@ def fits(*tensors: Tensor) -> bool:
     return plain(*tensors) and library("products") is not None
 
 
-def silent_records(g: Tensor) -> Tensor | None:
-    """(B,) bool: which records of g (B, ...) are zero throughout; None where it can't be seen."""
-    dense = g.is_contiguous() or (
-        g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last)
-    )
-    if not dense or not fits(g):
-        return None
-    found = torch.empty(len(g), dtype=torch.bool)
-    numbers = g.numel() // max(1, len(g))
-    _call("silent")(g.data_ptr(), len(g), numbers, found.data_ptr())
-    return found
-
-
 def tiles(p: int, d: int) -> int:
     """How many blocks a product (p, d) is made in; those at the edges are made whole."""
     return -(-p // 12) * -(-d // 32)
 
 
-def outer_products(
-    x: Tensor,
-    g: Tensor,
+class Pairs:
+    """Records' inputs and output gradients, of whose products each method makes something.
+
+    A record's product is the gradient of a weight, (kernel height * kernel width * C, O). Each
+    method raises MemoryError.
+    """
+
+    def __init__(
+        self, x: Tensor, g: Tensor, windows: Windows = ONE, rows: Tensor | None = None
+    ) -> None:
+        """
+        x     (B, C, H, W), the input, or (B, T, C), a sequence
+        g     (B, O, H', W'), the gradient of the output, or (B, T, O)
+        rows  (n,) int64: the records that are wanted; None: all B
+        """
+        self._held = (x, g, rows)
+        self._shape = _shape(x.shape[1:], x.stride(), g.shape[1:], g.stride(), windows)
+        self._at, self._lines = (x.data_ptr(), g.data_ptr()), (4 * x.stride(0), 4 * g.stride(0))
+        self._rows = None if rows is None else rows.data_ptr()
+        self._records = len(g if rows is None else rows)
+        self._work = g.numel() * self._shape.channels * windows.kernel[0] * windows.kernel[1]
+
+    def write(self, out: Room, to: Tensor | None = None) -> Tensor:
+        """Writes the products; returns their squared norms (n,).
+
+        out   (R, p O)
+        to    (n,) int64: the rows of out that they take; None: the first n
+        """
+        squares = torch.empty(self._records)
+        found, (first, line, _) = squares.data_ptr(), out
+        numbers, call = None if to is None else to.data_ptr(), _call("outer")
+
+        def some(pairs: _Pairs, start: int) -> int:
+            if numbers is not None:
+                return int(call(pairs, first, numbers + 8 * start, line, found + 4 * start))
+            return int(call(pairs, first + 4 * line * start, None, line, found + 4 * start))
+
+        self._share(some)
+        return squares
+
+    def squares(self) -> Tensor:
+        """(n,) squared norms of the products, rounded up, never down."""
+        squares = torch.empty(self._records)
+        found, call = squares.data_ptr(), _call("gram")
+        self._share(lambda pairs, start: int(call(pairs, found + 4 * start)))
+        return squares
+
+    def add_sum(self, factors: Tensor, out: Tensor) -> None:
+        """Adds to `out` the sum of factor times product.
+
+        factors  (n,); a record with factor 0 adds nothing, whatever its numbers are
+        out      (p O,), side by side
+        """
+        assert out.is_contiguous()
+        factors = factors.contiguous()
+        at, call = factors.data_ptr(), _call("weighted")
+        sums = [out]
+
+        def some(pairs: _Pairs, start: int) -> int:
+            mine = out if start == 0 else torch.zeros_like(out)
+            failed = int(call(pairs, at + 4 * start, mine.data_ptr()))
+            if start:
+                sums.append(mine)
+            return failed
+
+        self._share(some)
+        for other in sums[1:]:
+            out += other
+
+    def _share(self, some: Callable[[_Pairs, int], int]) -> None:
+        """Runs `some(records from start on, start)` for all, by several threads where it pays."""
+
+        def run(start: int, stop: int) -> int:
+            x, g = self._at
+            rows = None
+            if self._rows is None:
+                x, g = x + start * self._lines[0], g + start * self._lines[1]
+            else:
+                rows = self._rows + 8 * start
+            pairs = _Pairs(ctypes.pointer(self._shape), stop - start, x, g, rows)
+            return some(pairs, start)
+
+        shared(run, self._records, self._work)
+
+
+@lru_cache(maxsize=1024)
+def _shape(
+    x: tuple[int, ...], x_strides: tuple[int, ...], g: tuple[int, ...], g_strides: tuple[int, ...],
     windows: Windows,
-    *,
-    out: Tensor,
-    rows: Tensor | None = None,
-    to: Tensor | None = None,
-) -> Tensor:
-    """Writes each record's gradient of a weight, input by output; returns its squared norm (n,).
-
-    x     (B, C, H, W), the input
-    g     (B, O, H', W'), the gradient of the output
-    out   (R, kernel height * kernel width * C * O), numbers of a row side by side
-    rows  (n,) int64: the records that are wanted; None: all B
-    to    (n,) int64: the rows of out that they take; None: the first n
-
-    Raises MemoryError.
-    """
-    assert out.stride(1) == 1
-    squares = torch.empty(len(g if rows is None else rows))
-
-    def some(pairs: _Pairs, start: int) -> int:
-        base, numbers = _from(start, out, to)
-        return int(_call("outer")(pairs, base, numbers, out.stride(0), squares[start:].data_ptr()))
-
-    _shared(some, x, g, windows, rows)
-    return squares
-
-
-def add_weighted(
-    x: Tensor,
-    g: Tensor,
-    windows: Windows,
-    *,
-    factors: Tensor,
-    out: Tensor,
-    rows: Tensor | None = None,
-) -> None:
-    """Adds to `out` the sum of factor times gradient, as `outer_products` would write those.
-
-    factors  (n,); a record with factor 0 adds nothing, whatever its numbers are
-    out      (kernel height * kernel width * C * O,), side by side
-
-    Raises MemoryError.
-    """
-    assert out.is_contiguous()
-    factors = factors.contiguous()
-    sums = [out]
-
-    def some(pairs: _Pairs, start: int) -> int:
-        mine = out if start == 0 else torch.zeros_like(out)
-        failed = int(_call("weighted")(pairs, factors[start:].data_ptr(), mine.data_ptr()))
-        if start:
-            sums.append(mine)
-        return failed
-
-    _shared(some, x, g, windows, rows)
-    for other in sums[1:]:
-        out += other
-
-
-def gram_squares(x: Tensor, g: Tensor, windows: Windows, *, rows: Tensor | None = None) -> Tensor:
-    """(n,) squared norms of what `outer_products` would write, rounded up, never down.
-
-    Raises MemoryError.
-    """
-    squares = torch.empty(len(g if rows is None else rows))
-
-    def some(pairs: _Pairs, start: int) -> int:
-        return int(_call("gram")(pairs, squares[start:].data_ptr()))
-
-    _shared(some, x, g, windows, rows)
-    return squares
-
-
-def _shape(x: Tensor, g: Tensor, windows: Windows) -> _Shape:
-    (top, left), (height, width) = windows.padding, x.shape[2:]
+) -> _Shape:  # fmt: skip
+    """Of sizes without the number of records, and of strides with a record's."""
+    if len(x) == 2:  # a sequence: a line of a picture
+        x, x_strides = (x[1], 1, x[0]), (x_strides[0], x_strides[2], 0, x_strides[1])
+        g, g_strides = (g[1], 1, g[0]), (g_strides[0], g_strides[2], 0, g_strides[1])
+    (channels, height, width), (top, left) = x, windows.padding
+    out_channels, *out_size = g
     return _Shape(
-        height, width, x.shape[1], x.stride(0), x.stride(2), x.stride(3), x.stride(1),
+        height, width, channels, *(x_strides[i] for i in (0, 2, 3, 1)),
         top, left, height + 2 * top, width + 2 * left,
-        *windows.kernel, *windows.dilation, *windows.stride, *g.shape[2:], g.shape[1],
-        g.stride(0), g.stride(2), g.stride(3), g.stride(1),
+        *windows.kernel, *windows.dilation, *windows.stride, *out_size, out_channels,
+        *(g_strides[i] for i in (0, 2, 3, 1)),
     )  # fmt: skip
-
-
-def _from(start: int, data: Tensor, rows: Tensor | None) -> tuple[int, int | None]:
-    """Addresses of the data and of the row numbers, from record `start` on."""
-    if rows is None:
-        return data[start:].data_ptr(), None
-    return data.data_ptr(), rows[start:].data_ptr()
 
 
 @lru_cache(maxsize=4)
@@ -187,25 +186,5 @@ def _call(name: str) -> Any:
         "outer": [pairs, at, at, many, at],
         "weighted": [pairs, at, at],
         "gram": [pairs, at],
-        "silent": [at, many, many, at],
     }[name]
     return kernel
-
-
-def _shared(
-    some: Callable[[_Pairs, int], int], x: Tensor, g: Tensor, windows: Windows, rows: Tensor | None
-) -> None:
-    """Runs `some(records from start on, start)` for all, by several threads where it pays."""
-    shape = _shape(x, g, windows)
-
-    def run(start: int, stop: int) -> int:
-        base, numbers = _from(start, x, rows)
-        slopes, _ = _from(start, g, rows)
-        pairs = _Pairs(ctypes.pointer(shape), stop - start, base, slopes, numbers)
-        return some(pairs, start)
-
-    shared(
-        run,
-        len(g if rows is None else rows),
-        g.numel() * shape.channels * windows.kernel[0] * windows.kernel[1],
-    )

@@ -358,7 +358,8 @@ def _engine(model: nn.Module, batch: Batch, loss: Any) -> Iterator[Finding]:
         places = [range(len(trained))]
         squares = book.squares(places)[0]
         sums = [torch.zeros_like(p) for p in trained]
-        book.add_sums(places, torch.ones(1, len(batch)).to(squares), sums)
+        ones = torch.ones(1, len(batch)).to(squares)
+        book.add_sums(places, ones, [total.view(-1) for total in sums])
     except ModelError as error:
         yield Finding(where=error.where or "model", what=error.what, hint=error.hint)
         return

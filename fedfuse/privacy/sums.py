@@ -27,11 +27,15 @@ class Sums:
         }
         self.blocks = list(blocks.values())
         self.views: list[Tensor] = []
+        """In the parameters' shapes."""
+        self.flat: list[Tensor] = []
+        """The same memory, (n,) each."""
         start = dict.fromkeys(blocks, 0)
         for p in parameters:
             key = (p.dtype, p.device)
             stop = start[key] + p.numel()
-            self.views.append(blocks[key][start[key] : stop].view(p.shape))
+            self.flat.append(blocks[key][start[key] : stop])
+            self.views.append(self.flat[-1].view(p.shape))
             start[key] = stop
 
     def clear(self) -> None:

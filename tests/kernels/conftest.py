@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedfuse.kernels import normals, norms, products
+from fedfuse.kernels import normals, norms, products, tokens
 from tests.kernels.levels import LEVELS, load
 
 
@@ -15,7 +15,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """The name of what the kernels are compiled for. Skips where there are none."""
     if not LEVELS:
         pytest.skip("the kernels are not compiled here")
-    users = (normals, norms, products)
+    users = (normals, norms, products, tokens)
     calls = [module._call for module in users]
     for module in users:
         monkeypatch.setattr(module, "library", lambda source: load(source, request.param))

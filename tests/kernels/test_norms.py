@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,12 +13,26 @@ from torch.nn import functional as F
 
 from fedfuse.kernels import norms
 from fedfuse.kernels import threads as threads_of
+from fedfuse.kernels.library import Room
 
 
 def assert_near(found: Tensor, true: Tensor, raised: float = 1.0) -> None:
     """To some roundings of the largest number, and of what they are `raised` to."""
     assert found.shape == true.shape
     assert float((found - true).abs().max()) <= 5e-6 * raised * max(1.0, float(true.abs().max()))
+
+
+def gradients(
+    kernel: Callable[..., Tensor | None], g: Tensor, *saved: Tensor, back: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of x, weight and bias, the latter two between other columns of a matrix, which stay."""
+    channels = len(saved[-1])
+    whole = torch.full((len(g), 2, channels + 5), 7.0)
+    room = whole[:, :, 2:-3]
+    by_x = kernel(g, *saved, [Room.of(room[:, i]) for i in (0, 1)], back=back)
+    assert bool((whole[:, :, :2] == 7).all())
+    assert bool((whole[:, :, -3:] == 7).all())
+    return by_x, room[:, 0], room[:, 1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,8 +62,8 @@ def _groups_agree(
         patch.setattr(torch, "get_num_threads", lambda: threads)
         patch.setattr(threads_of, "_WORTH_SHARING", 0)
         found, mean, rstd = norms.group_forward(x, groups, weight, bias, 1e-3)
-        grads = norms.group_backward(g, x, mean, rstd, weight, back=True)
-        less = norms.group_backward(g, x, mean, rstd, weight, back=False)
+        grads = gradients(norms.group_backward, g, x, mean, rstd, weight, back=True)
+        less = gradients(norms.group_backward, g, x, mean, rstd, weight, back=False)
     # Roundings of x and of a mean count as many times as a deviation goes into one.
     raised = max(1.0, float(x.abs().max() * rstd.max()))
     assert_near(found, y.detach(), raised)
@@ -82,7 +98,7 @@ def _layers_agree(records: int, middle: list[int], channels: int, back: bool) ->
     y = unit * weights.view(records, *ones, -1) + biases.view(records, *ones, -1)
     true = torch.autograd.grad(y, (exact, weights, biases), g.double())
     _, mean, rstd = torch.native_layer_norm(x, (channels,), weight, bias, 1e-3)
-    grads = norms.layer_backward(g, x, mean, rstd, weight, back=back)
+    grads = gradients(norms.layer_backward, g, x, mean, rstd, weight, back=back)
     assert (grads[0] is not None) == back
     raised = max(1.0, float(x.abs().max() * rstd.max()))
     for mine, wanted in zip(grads, true, strict=True):
@@ -106,6 +122,56 @@ def test_long_sums_keep_their_digits(level: str, places: int) -> None:
     assert torch.allclose(rstd.double(), exact.var(2, correction=0).rsqrt(), rtol=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, n) for n in (4, 70, 12, 9)]), threads=st.integers(1, 3),
+    pictures=st.booleans(), silent=st.booleans(),
+)  # fmt: skip
+def _places_add_up(
+    shape: tuple[int, int, int, int], threads: int, pictures: bool, silent: bool
+) -> None:
+    torch.manual_seed(0)
+    g = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    true = g.double().sum((2, 3))
+    if not pictures:
+        g = g.permute(0, 2, 3, 1).flatten(1, 2)
+    if silent:
+        g[0], true[0] = 0, 0
+    out = torch.full((shape[0], shape[1] + 5), 7.0)
+    assert norms.can_add_up(g)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(threads_of, "_WORTH_SHARING", 0)
+        loud = norms.place_sums(g, Room.of(out[:, 2:-3]))
+    assert_near(out[:, 2:-3], true, shape[2] * shape[3])
+    assert loud.tolist() == list(range(int(silent), shape[0]))
+    assert bool((out[:, :2] == 7).all())
+    assert bool((out[:, -3:] == 7).all())
+
+
+def test_sums_over_places_are_those_of_torch(level: str) -> None:
+    _places_add_up()
+
+
+def test_a_record_is_silent_where_all_its_numbers_are_zero(level: str) -> None:
+    g = torch.zeros(6, 3, 4, 2)
+    g[0, 2, 3, 1], g[2, 0, 0, 0], g[4] = 1e-40, float("nan"), -0.0
+    g[5, 1, 0] = torch.tensor([1.0, -1.0])
+    g = g.contiguous(memory_format=torch.channels_last)
+    for some in (g, g[0:0], g.permute(0, 2, 3, 1).flatten(1, 2)):
+        loud = norms.place_sums(some, Room.of(torch.empty(len(some), 3)))
+        assert loud.tolist() == ([0, 2, 5] if len(some) else [])
+
+
+def test_sums_of_other_layouts_are_left_to_torch(level: str) -> None:
+    g = torch.zeros(2, 3, 4, 2).contiguous(memory_format=torch.channels_last)
+    assert norms.can_add_up(g)
+    assert not norms.can_add_up(g.contiguous())
+    assert not norms.can_add_up(g.double())
+    assert not norms.can_add_up(g.flatten(2))
+    assert not norms.can_add_up(g[0, 0])
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_record_that_is_not_finite_touches_no_other(level: str, broken: float) -> None:
     torch.manual_seed(0)
@@ -113,10 +179,10 @@ def test_a_record_that_is_not_finite_touches_no_other(level: str, broken: float)
     x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
     ones = torch.ones(8)
     clean = norms.group_forward(x, 2, ones, ones, 1e-5)
-    whole = norms.group_backward(g, x, *clean[1:], ones, back=True)
+    whole = gradients(norms.group_backward, g, x, *clean[1:], ones, back=True)
     x[1, 3, 2, 2] = broken
     y, mean, rstd = norms.group_forward(x, 2, ones, ones, 1e-5)
-    grads = norms.group_backward(g, x, mean, rstd, ones, back=True)
+    grads = gradients(norms.group_backward, g, x, mean, rstd, ones, back=True)
     assert not bool(torch.isfinite(grads[1][1]).all())
     for found, true in zip((y, *grads), (clean[0], *whole), strict=True):
         assert found is not None

@@ -12,13 +12,8 @@ from torch import Tensor, nn
 
 from fedfuse.kernels import products
 from fedfuse.kernels import threads as threads_of
-from fedfuse.kernels.products import (
-    Windows,
-    add_weighted,
-    gram_squares,
-    outer_products,
-    silent_records,
-)
+from fedfuse.kernels.library import Room
+from fedfuse.kernels.products import Pairs, Windows
 
 
 def expected(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
@@ -72,12 +67,13 @@ def _agree(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         patch.setattr(threads_of, "_WORTH_SHARING", 0)
-        squares = outer_products(x, g, windows, out=room[:, 2:-3], rows=rows, to=to)
-        again = gram_squares(x, g, windows, rows=rows)
+        made = Pairs(x, g, windows, rows)
+        squares = made.write(Room.of(room[:, 2:-3]), to)
+        again = made.squares()
         factors = torch.rand(records)
         factors[0] = 0
         total = torch.ones(layer.weight.numel())
-        add_weighted(x, g, windows, factors=factors, out=total, rows=rows)
+        made.add_sum(factors, total)
     true = expected(layer, mine, slopes).flatten(1)
     # Each number to some roundings of the largest that could stand there.
     scale = float(true.abs().max()) + 1e-30
@@ -107,7 +103,7 @@ def test_long_sums_are_added_up_in_parts(level: str, places: int) -> None:
     torch.manual_seed(0)
     a, g = torch.randn(2, 50, 1, places), torch.randn(2, 40, 1, places)
     out = torch.full((2, 50 * 40), float("nan"))
-    squares = outer_products(a, g, Windows(), out=out)
+    squares = Pairs(a, g).write(Room.of(out))
     true = torch.einsum("bphw,bdhw->bpd", a.double(), g.double())
     assert float((out.view(2, 50, 40) - true).abs().max()) <= 2e-6 * float(true.abs().max())
     assert torch.allclose(squares.double(), true.square().sum((1, 2)), rtol=1e-6)
@@ -118,9 +114,9 @@ def test_gram_squares_are_the_squares_of_what_outer_products_writes(level: str) 
     for places, p, d in ((2, 5, 3), (9, 64, 192), (40, 100, 33)):
         a, g = torch.randn(3, p, 1, places), torch.randn(3, d, 1, places)
         out = torch.empty(3, p * d)
-        squares = outer_products(a, g, Windows(), out=out)
+        squares = Pairs(a, g).write(Room.of(out))
         assert torch.allclose(squares, out.square().sum(1), rtol=1e-5)
-        assert torch.allclose(gram_squares(a, g, Windows()), squares, rtol=1e-5)
+        assert torch.allclose(Pairs(a, g).squares(), squares, rtol=1e-5)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -129,11 +125,11 @@ def test_a_record_that_is_not_finite_has_no_finite_norm_and_touches_no_other(
 ) -> None:
     torch.manual_seed(0)
     a, g = torch.randn(3, 20, 1, 9), torch.randn(3, 35, 1, 9)
-    clean = gram_squares(a, g, Windows())
+    clean = Pairs(a, g).squares()
     for x in (a, g):
         x[1, 2, 0, 3] = broken
         out = torch.empty(3, 20 * 35)
-        for found in (outer_products(a, g, Windows(), out=out), gram_squares(a, g, Windows())):
+        for found in (Pairs(a, g).write(Room.of(out)), Pairs(a, g).squares()):
             assert not torch.isfinite(found[1])
             assert torch.allclose(found[[0, 2]], clean[[0, 2]], rtol=1e-5)
         x[1, 2, 0, 3] = 1.0
@@ -144,26 +140,45 @@ def test_a_record_with_factor_0_adds_nothing_whatever_its_numbers_are(level: str
     a, g = torch.randn(3, 20, 1, 9), torch.randn(3, 35, 1, 9)
     a[1], g[1, :, 0, 2] = float("nan"), float("inf")
     total = torch.zeros(20 * 35)
-    add_weighted(a, g, Windows(), factors=torch.tensor([2.0, 0.0, 0.5]), out=total)
+    Pairs(a, g).add_sum(torch.tensor([2.0, 0.0, 0.5]), total)
     whole = torch.einsum("bphw,bdhw->bpd", a, g)
     assert torch.allclose(total.view(20, 35), 2 * whole[0] + 0.5 * whole[2], rtol=1e-5, atol=1e-5)
 
 
-def test_a_record_is_silent_where_all_its_numbers_are_zero(level: str) -> None:
-    g = torch.zeros(5, 3, 4, 2)
-    g[0, 2, 3, 1], g[2, 0, 0, 0], g[4] = 1e-40, float("nan"), -0.0
-    for some in (g, g.contiguous(memory_format=torch.channels_last), g[0:0]):
-        found = silent_records(some)
-        assert found is not None
-        assert found.tolist() == [False, True, False, True, True][: len(some)]
-    assert silent_records(g[:, :, 1:]) is None
-    assert silent_records(g.double()) is None
+@settings(max_examples=60, deadline=None)
+@given(
+    records=st.integers(1, 5), places=st.integers(1, 40), p=st.integers(1, 40),
+    d=st.integers(1, 40), turned=st.tuples(st.booleans(), st.booleans()),
+)  # fmt: skip
+def _sequences_agree(records: int, places: int, p: int, d: int, turned: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    a, g = torch.randn(records, places, p), torch.randn(records, places, d)
+    true = torch.einsum("btp,btd->bpd", a.double(), g.double()).flatten(1)
+    a, g = (
+        x.transpose(1, 2).contiguous().transpose(1, 2) if turn else x
+        for x, turn in zip((a, g), turned, strict=True)
+    )
+    out, total = torch.empty(records, p * d), torch.zeros(p * d)
+    made = Pairs(a, g)
+    squares = made.write(Room.of(out))
+    made.add_sum(torch.ones(records), total)
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    assert torch.allclose(out.double(), true, **near)
+    assert torch.allclose(total.double(), true.sum(0), **near)
+    assert torch.allclose(squares.double(), true.square().sum(1), rtol=1e-5, atol=1e-5)
+    # Terms of a gram matrix may cancel: it is right to so much of them.
+    reach = torch.einsum("bt,bt->b", a.norm(dim=2), g.norm(dim=2)).square()
+    assert bool(((made.squares() - squares).abs() <= 1e-5 * squares + 1e-6 * reach).all())
+
+
+def test_sequences_are_lines_of_pictures(level: str) -> None:
+    _sequences_agree()
 
 
 def test_no_record_is_no_work(level: str) -> None:
     a, g = torch.randn(0, 3, 1, 4), torch.randn(0, 2, 1, 4)
-    assert outer_products(a, g, Windows(), out=torch.empty(0, 6)).shape == (0,)
-    assert gram_squares(a, g, Windows()).shape == (0,)
+    assert Pairs(a, g).write(Room.of(torch.empty(0, 6))).shape == (0,)
+    assert Pairs(a, g).squares().shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -179,4 +194,4 @@ def test_memory_that_is_missing_is_an_error(level: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(products, "_call", lambda name: refuses)
     a = torch.randn(1, 3, 1, 4)
     with pytest.raises(MemoryError, match="no memory for the arithmetic"):
-        outer_products(a, a, Windows(), out=torch.empty(1, 9))
+        Pairs(a, a).write(Room.of(torch.empty(1, 9)))

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError
-from fedfuse.kernels import norms, products
+from fedfuse.kernels import norms, products, tokens
 from fedfuse.privacy.clipping import book, convolution, embedding, layer, linear
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.clipping.linear import gram_squares
@@ -71,7 +71,7 @@ def forced(way: str) -> Iterator[None]:
     small = 10**9 if norm == "slab" else 0
     with ExitStack() as stack:
         if torch_alone:
-            for kernels in (norms, products):
+            for kernels in (norms, products, tokens):
                 stack.enter_context(mock.patch.object(kernels, "fits", return_value=False))
         for module in (book, linear, convolution, embedding):
             stack.enter_context(mock.patch.object(module, "SMALL", small))
@@ -404,12 +404,14 @@ def test_a_row_whose_gradients_cancel_is_not_left_out(way: str) -> None:
     """Its sum over places is zero, its gradient is not."""
     g = torch.zeros(4, 2, 3)
     g[1] = torch.tensor([1.0, -1.0])[:, None]
+    one = linear.LinearLayer("layer", nn.Linear(1, 3), {})
+    one.begin(layer.Pass(book.Book([]), torch.device("cpu")))
     with mock.patch.object(layer, "_WORTH_A_LOOK", 0), forced(way):
-        live = layer.live_rows(g, g.sum(1))
+        live = one.give_bias(g)
         assert live is None or live.tolist() == [1]
         g[1] = 0
         g[2, 0, 0] = float("nan")
-        live = layer.live_rows(g, g.sum(1))
+        live = one.give_bias(g)
         assert live is not None
         assert live.tolist() == [2]
 

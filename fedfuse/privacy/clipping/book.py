@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fedfuse.kernels.library import Room, plain
 from fedfuse.privacy.clipping.costs import SMALL
 from fedfuse.privacy.lengths import lengths
 
@@ -69,7 +70,7 @@ class Entry(Protocol):
         ...
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
-        """Adds to `out` (the weight's shape) the sum of factors[i] times gradient i.
+        """Adds to `out` (n,), the weight's numbers, the sum of factors[i] times gradient i.
 
         factors (B,), 0 for each record of `broken` (B,) bool, whose numbers may be anything.
         """
@@ -96,10 +97,12 @@ class Book:
                 stop += p.numel()
         self._width = stop
         self._kept: Tensor | None = None
+        self._now: Tensor | None = None
 
     def open(self, rows: int) -> None:
         """Begins a pass over `rows` records."""
         self.rows = rows
+        self._now = None
         self.close()
 
     def close(self) -> None:
@@ -117,18 +120,37 @@ class Book:
         that are no longer needed, where memory kept from the step before would add to the peak.
         """
         p = self.parameters[place]
-        if place in self._columns:
-            return self._rows_of_slab()[:, self._columns[place]]
+        columns = self._columns.get(place)
+        if columns is not None:
+            return self._rows_of_slab().narrow(1, columns.start, p.numel())
         return torch.empty((self.rows, p.numel()), dtype=p.dtype, device=p.device)
+
+    def claim(self, *places: int) -> list[Room] | None:
+        """Where in the slab a kernel writes each of these parameters' gradients (B, n) at once.
+
+        None where gradients have to be given to `instantiate`: those of a large parameter, those
+        that are added to others, and those in a dtype that there are no kernels for.
+        """
+        if not all(place in self._columns and place not in self._written for place in places):
+            return None
+        slab = self._rows_of_slab()
+        if not plain(slab):
+            return None
+        self._written.update(places)
+        whole = Room.of(slab)
+        return [whole.column(self._columns[place].start) for place in places]
 
     def _rows_of_slab(self) -> Tensor:
         """(B, S), kept from step to step."""
+        if self._now is not None:
+            return self._now
         if self._kept is None or len(self._kept) < self.rows:
             some = [self.parameters[place] for place in self._columns]
             dtype = max((p.dtype for p in some), key=lambda kind: kind.itemsize)
             size = (self.rows, self._width)
             self._kept = torch.empty(size, dtype=dtype, device=some[0].device)
-        return self._kept[: self.rows]
+        self._now = self._kept[: self.rows]
+        return self._now
 
     def enter(self, entry: Entry, live: Tensor | None = None) -> None:
         """Adds an entry, of all records or of those that `live` (n,) numbers."""
@@ -174,25 +196,29 @@ class Book:
         place: int,
         live: Tensor | None,
         order: tuple[int, ...] | None,
-        to: Callable[[Tensor, Tensor | None], Tensor],
+        to: Callable[[Room, Tensor | None], Tensor],
     ) -> None:
         """As `instantiate`, once for a parameter in a pass, with gradients that `to` writes.
 
-        to(out (R, n), rows)   writes the gradient of its record i to out[rows[i]], or out[i] where
-                               there are no rows, and gives the squared norms
+        to(out, rows)   writes the gradient (n,) of its record i to row rows[i] of out, or to row i
+                        where there are no rows, and gives the squared norms
         """
         assert self.fresh(place)
-        self._written.add(place)
-        self._order[place] = order
-        room = self.room(place)
-        if place not in self._columns:
-            room = room if live is None else room[: len(live)]
-            self._found[place] = to(room, None)
-            self._large[place] = (room, live)
+        rooms = self.claim(place)
+        if rooms is not None:
+            self._order[place] = order
+            if live is not None:
+                self.room(place).zero_()
+            to(rooms[0], live)
             return
-        if live is not None:
-            room.zero_()
-        to(room, live)
+        p = self.parameters[place]
+        rows = self.rows if live is None else len(live)
+        grads = torch.empty((rows, p.numel()), dtype=p.dtype, device=p.device)
+        squares = to(Room.of(grads), None)
+        shape = p.shape if order is None else stored(p.shape, order)
+        self.instantiate(place, grads.view(-1, *shape), live, order)
+        if place in self._large:
+            self._found[place] = squares
 
     def _in_order(self, place: int) -> Tensor:
         """(B, n) of a large parameter, as its own numbers lie."""
@@ -225,18 +251,19 @@ class Book:
         units = self.rows if owners is None else owners.units
         table = like.new_zeros((len(parts), units))
         part_of = {place: number for number, part in enumerate(parts) for place in part}
+        of_part = table.unbind()
         for entry, live in self._entries:
             found = entry.squares(None if owners is None else owners.only(live))
-            _add(table[part_of[entry.place]], found, live if owners is None else None)
+            _add(of_part[part_of[entry.place]], found, live if owners is None else None)
         if owners is not None:
             self._add_up(owners)
         slab = self._slab()
         if slab is not None:
             for number, columns in self._runs(part_of):
-                table[number] += _squares(slab[:units, columns])
+                of_part[number].add_(_squares(slab[:units, columns]))
         for place, (grads, live) in self._large.items():
             known = self._found.get(place)
-            _add(table[part_of[place]], _squares(grads) if known is None else known, live)
+            _add(of_part[part_of[place]], _squares(grads) if known is None else known, live)
         return table
 
     def _add_up(self, owners: Owners) -> None:
@@ -269,7 +296,7 @@ class Book:
         sums: Sequence[Tensor],
         owners: Owners | None,
     ) -> None:
-        """Adds to sums[place] (the parameter's shape) the sum of factor times gradient.
+        """Adds to sums[place] (n,), the parameter's numbers, the sum of factor times gradient.
 
         factors  (P, U); a unit with factor 0 contributes nothing, whatever its numbers are
         """
@@ -277,33 +304,39 @@ class Book:
         broken = (factors == 0).any(0)
         any_broken = bool(broken.any())
         part_of = {place: number for number, part in enumerate(parts) for place in part}
+        of_part = factors.unbind()
         slab = self._slab()
         if slab is not None:
             slab = slab[:units]
             if any_broken:
                 slab[broken] = 0
             for number, columns in self._runs(part_of):
-                total = factors[number] @ slab[:, columns]
-                for place, own in self._columns.items():
-                    if columns.start <= own.start < columns.stop and place in self._written:
-                        mine = total[own.start - columns.start : own.stop - columns.start]
-                        sums[place].add_(self._shaped(place, mine))
+                self._add_columns(of_part[number] @ slab[:, columns], columns, sums)
         for place, (grads, live) in self._large.items():
-            mine = factors[part_of[place]]
+            mine = of_part[part_of[place]]
             if any_broken:
                 grads[_some(broken, live)] = 0
             if self._order.get(place) is None:
-                sums[place].view(-1).addmv_(grads.t(), _some(mine, live))
+                sums[place].addmv_(grads.t(), _some(mine, live))
             else:
                 total = torch.mv(grads.t(), _some(mine, live))
-                sums[place].add_(self._shaped(place, total))
-        by_record = factors if owners is None else factors[:, owners.of]
-        if any_broken and owners is not None:
+                sums[place].view(self.parameters[place].shape).add_(self._shaped(place, total))
+        if owners is not None:
+            of_part = factors[:, owners.of].unbind()
             broken = broken[owners.of]
         for entry, live in self._entries:
-            mine = _some(by_record[part_of[entry.place]], live)
+            mine = _some(of_part[part_of[entry.place]], live)
             lost = _some(broken, live) if any_broken else None
             entry.add_sum(mine, lost, sums[entry.place])
+
+    def _add_columns(self, total: Tensor, columns: slice, sums: Sequence[Tensor]) -> None:
+        """Adds `total`, of some columns of the slab, to the sums of their parameters."""
+        places = [p for p, c in self._columns.items() if columns.start <= c.start < columns.stop]
+        parts = list(total.split([self.parameters[place].numel() for place in places]))
+        for i, place in enumerate(places):
+            if self._order.get(place) is not None:
+                parts[i] = self._shaped(place, parts[i]).reshape(-1)
+        torch._foreach_add_([sums[place] for place in places], parts)
 
     def _shaped(self, place: int, numbers: Tensor) -> Tensor:
         """(n,) numbers of a parameter, as they are kept, in its shape."""

@@ -196,7 +196,7 @@ class BookKeeping:
     def add_sums(
         self, parts: Sequence[Sequence[int]], factors: Tensor, sums: Sequence[Tensor]
     ) -> None:
-        """Adds to sums[place] the units' gradients times `factors` (P, U), and closes the book."""
+        """Adds to sums[place] (n,) the units' gradients times `factors` (P, U); closes the book."""
         with torch.autocast(self.parameters[0].device.type, enabled=False):
             self.book.add_sums(parts, factors, sums, self._owners)
         self.book.close()

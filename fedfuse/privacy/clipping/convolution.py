@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners, stored
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
-from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
+from fedfuse.privacy.clipping.layer import Layer, compute_dtype
 from fedfuse.privacy.clipping.linear import gram_squares, product
 
 __all__ = ["ConvEntry", "ConvLayer", "patches"]
@@ -45,48 +45,38 @@ class ConvLayer(Layer):
         return super().run(x)
 
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
-        """Each call is (x (B, C, ...), g (B, O, ...), sums of g (n, O), live (n,) or nothing)."""
+        """Each call is (x (B, C, ...), g (B, O, ...), live (n,) or nothing)."""
         m: Any = self.module
         place = self.places.get("weight")
-        for x, g, sums, *rest in kept:
+        if place is None:
+            return
+        for x, g, *rest in kept:
             live = rest[0] if rest else None
-            self.emit_bias(book, sums, live)
-            if place is None:
-                continue
             x, g = x.to(m.weight.dtype), g.to(m.weight.dtype)
             length, numbers = math.prod(g.shape[2:]), m.weight.numel()
             once = self.alone and len(kept) == 1
             gram = once and m.groups == 1 and numbers > SMALL
-            held = x[:1].numel() + g[:1].numel()
+            pairs = self.pairs(x, g, live) if once else None
+            held = (x.numel() + g.numel()) // max(1, len(x))
             if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
-                book.enter(ConvEntry(place, self, x, g, live), live)
-            elif once and (windows := self.windows(x, g)) is not None:
-                self._written(book, place, windows, x, g, live)
+                book.enter(ConvEntry(place, self, x, g, live, pairs), live)
+            elif pairs is not None:
+                book.write(place, live, _order(g.dim() - 2), pairs.write)
             else:
                 if live is not None:
                     x, g = _rows(x, live), _rows(g, live)
                 book.instantiate(place, *self._instantiated(book, place, x, g, live))
 
-    def windows(self, x: Tensor, g: Tensor) -> products.Windows | None:
+    def pairs(self, x: Tensor, g: Tensor, live: Tensor | None) -> products.Pairs | None:
         """The convolution as the kernels have it; None where they don't."""
         m: Any = self.module
         if x.dim() > 4 or m.groups > 1 or not products.fits(x, g):
             return None
-        return products.Windows(
+        windows = products.Windows(
             kernel=_two(m.kernel_size, 1), stride=_two(m.stride, 1),
             dilation=_two(m.dilation, 1), padding=_two(self.padding, 0),
         )  # fmt: skip
-
-    def _written(
-        self, book: Book, place: int, windows: products.Windows, x: Tensor, g: Tensor,
-        live: Tensor | None,
-    ) -> None:  # fmt: skip
-        book.write(
-            place, live, _order(g.dim() - 2),
-            lambda out, to: products.outer_products(
-                _picture(x), _picture(g), windows, out=out, rows=live, to=to
-            ),
-        )  # fmt: skip
+        return products.Pairs(_picture(x), _picture(g), windows, live)
 
     def _instantiated(
         self, book: Book, place: int, x: Tensor, g: Tensor, live: Tensor | None
@@ -129,10 +119,12 @@ class ConvEntry:
     """Gradients g^T a, where a are the patches of x, of a convolution without groups."""
 
     def __init__(
-        self, place: int, layer: ConvLayer, x: Tensor, g: Tensor, live: Tensor | None
-    ) -> None:
+        self, place: int, layer: ConvLayer, x: Tensor, g: Tensor, live: Tensor | None,
+        pairs: products.Pairs | None,
+    ) -> None:  # fmt: skip
         """x and g of all records, of which those count that `live` numbers."""
         self.place, self.layer, self.x, self.g, self.live = place, layer, x, g, live
+        self.pairs = pairs
 
     def _counting(self) -> tuple[Tensor, Tensor]:
         if self.live is None:
@@ -140,10 +132,8 @@ class ConvEntry:
         return _rows(self.x, self.live), _rows(self.g, self.live)
 
     def squares(self, owners: Owners | None) -> Tensor:
-        windows = self.layer.windows(self.x, self.g)
-        if windows is not None and owners is None:
-            x, g = _picture(self.x), _picture(self.g)
-            return products.gram_squares(x, g, windows, rows=self.live)
+        if self.pairs is not None and owners is None:
+            return self.pairs.squares()
         m: Any = self.layer.module
         x, g = self._counting()
         g = _by_place(g)
@@ -154,13 +144,12 @@ class ConvEntry:
         return torch.cat(found) if found else g.new_zeros(0)
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
-        windows = self.layer.windows(self.x, self.g)
-        if windows is not None and self.g[0].numel() >= products.LONG * self.g.shape[1]:
-            total = torch.zeros_like(out).view(-1)
-            x, g = _picture(self.x), _picture(self.g)
-            products.add_weighted(x, g, windows, factors=factors, out=total, rows=self.live)
-            order = _order(out.dim() - 2)
-            out.add_(total.view(stored(out.shape, order)).permute(order))
+        shape = self.layer.module.weight.shape
+        if self.pairs is not None and self.g[0].numel() >= products.LONG * self.g.shape[1]:
+            total = torch.zeros_like(out)
+            self.pairs.add_sum(factors, total)
+            order = _order(self.x.dim() - 2)
+            out.view(shape).add_(total.view(stored(shape, order)).permute(order))
             return
         x, g = self._counting()
         extra = (1,) * (x.dim() - 1)
@@ -168,7 +157,7 @@ class ConvEntry:
             x = x.masked_fill(broken.view(-1, *extra), 0)
             g = g.masked_fill(broken.view(-1, *extra), 0)
         g = g * factors.view(-1, *extra)
-        out.add_(_backward(g, x, self.layer, (False, True))[1])
+        out.view(shape).add_(_backward(g, x, self.layer, (False, True))[1])
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -293,8 +282,7 @@ class _Conv(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if _is_channels_last(x):
             g = g.contiguous(memory_format=torch.channels_last)
-        sums = _by_place(g).sum(1)
-        live = live_rows(g, sums)
+        live = ctx.layer.give_bias(g if g.dim() == 4 else _by_place(g))
         back = None
         if ctx.needs_input_grad[0]:
             # A copy of the rows that count is worth it where they are few.
@@ -304,10 +292,7 @@ class _Conv(torch.autograd.Function):
             back = _backward(some, x[: len(some)], ctx.layer, (True, False))[0].to(ctx.dtype)
             if few is not None:
                 back = _spread(back, few, len(g))
-        if live is None:
-            ctx.layer.keep(x, g, sums)
-        else:
-            ctx.layer.keep(x, g, sums[live], live)
+        ctx.layer.keep(x, g, *([] if live is None else [live]))
         return back, None, None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedfuse.kernels import tokens
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL
 from fedfuse.privacy.clipping.layer import Layer
@@ -53,6 +54,8 @@ class EmbeddingEntry:
             g = owners.side_by_side(g)  # zero where there is no record
         if ids.shape[1] == 1:
             return g.square().sum((1, 2))
+        if tokens.fits(ids, g):
+            return tokens.token_squares(ids, g)
         ordered, order = ids.sort(1)
         rank = torch.zeros_like(ids)
         torch.cumsum(ordered[:, 1:] != ordered[:, :-1], 1, out=rank[:, 1:])
@@ -66,7 +69,7 @@ class EmbeddingEntry:
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
         g = self.g if broken is None else self.g.masked_fill(broken[:, None, None], 0)
         weighted = (g * factors[:, None, None]).flatten(0, 1)
-        out.index_add_(0, self.ids.reshape(-1), weighted)
+        out.view(-1, g.shape[2]).index_add_(0, self.ids.reshape(-1), weighted)
 
 
 class _Embedding(torch.autograd.Function):

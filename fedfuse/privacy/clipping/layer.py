@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import ModelError
-from fedfuse.kernels import products
+from fedfuse.kernels import norms
+from fedfuse.kernels.library import Room
 from fedfuse.privacy.clipping.book import Book
 
-__all__ = ["Layer", "Pass", "compute_dtype", "live_rows"]
+__all__ = ["Layer", "Pass", "compute_dtype"]
 
 
 class Pass:
@@ -71,7 +72,7 @@ class Layer(ABC):
     def keep(self, *tensors: Tensor) -> None:
         """One call's input and output gradient. With the last call, the gradients are made."""
         # Detached: an input that stays in the book must not hold the graph that led to it.
-        self.kept.append(tuple(x.detach() for x in tensors))
+        self.kept.append(tuple(x.detach() if x.requires_grad else x for x in tensors))
         if len(self.kept) == self.calls:
             self.emit(self.now.book, self.kept)
             self.kept.clear()
@@ -111,33 +112,51 @@ class Layer(ABC):
     def emit(self, book: Book, kept: list[tuple[Tensor, ...]]) -> None:
         """Puts the per-record gradients of all calls into the book."""
 
-    def emit_bias(self, book: Book, sums: Tensor, live: Tensor | None) -> None:
-        """The gradient of a bias: `sums` (B, d), the output gradient summed over T."""
-        place = self.places.get("bias")
+    def claim(self, *keys: str) -> list[Room] | None:
+        """As `Book.claim` has it, for small parameters to which this call alone gives gradients."""
+        places = [self.places[key] for key in keys if key in self.places]
+        if self.calls != 1 or not self.alone or len(places) < len(keys):
+            return None
+        return self.now.book.claim(*places)
+
+    def give_bias(self, g: Tensor) -> Tensor | None:
+        """Puts the gradients of a bias into the book: the sums of g (B, T, d), or of pictures g
+        (B, d, H, W), over their places.
+
+        Returns the records (n,) whose g is not exactly zero, or None: most. A record without a
+        modality has zero gradients throughout that modality's encoder: its share of the work can
+        be left out, and the result is the same number.
+        """
+        loud = self._add_up(g) if norms.can_add_up(g) else self._sum(g)
+        if loud is None or (len(g) - len(loud)) * 4 < len(g):
+            return None
+        return loud if g.numel() >= _WORTH_A_LOOK else None
+
+    def _add_up(self, g: Tensor) -> Tensor:
+        rooms = self.claim("bias")
+        if rooms is not None:
+            return norms.place_sums(g, rooms[0])
+        sums = g.new_empty((len(g), g.shape[2 if g.dim() == 3 else 1]))
+        loud = norms.place_sums(g, Room.of(sums))
+        self._emit_bias(sums)
+        return loud
+
+    def _sum(self, g: Tensor) -> Tensor | None:
+        sums = g.sum(1 if g.dim() == 3 else (2, 3))
+        self._emit_bias(sums)
+        if g.numel() < _WORTH_A_LOOK:
+            return None
+        silent = torch.eq(sums, 0).all(1)
+        return None if bool(g[silent].any()) else torch.nonzero(~silent).squeeze(1)
+
+    def _emit_bias(self, sums: Tensor) -> None:
+        place, book = self.places.get("bias"), self.now.book
         if place is not None:
-            book.instantiate(place, sums.to(book.parameters[place].dtype), live)
+            book.instantiate(place, sums.to(book.parameters[place].dtype))
 
 
 _WORTH_A_LOOK = 1 << 16
 """Below so many numbers, looking for rows to leave out costs more than it saves."""
-
-
-def live_rows(g: Tensor, sums: Tensor) -> Tensor | None:
-    """The records (n,) whose output gradient g (B, ...) is not exactly zero; None: most.
-
-    A record without a modality has zero gradients throughout that modality's encoder: its share
-    of the work can be left out, and the result is the same number. `sums` (B, d), of g over T,
-    says where to look.
-    """
-    if g.numel() < _WORTH_A_LOOK:
-        return None
-    silent = products.silent_records(g)
-    sure = silent is not None
-    if silent is None:
-        silent = (sums == 0).all(1)
-    if int(silent.sum()) * 4 < len(g) or (not sure and bool(g[silent].any())):
-        return None
-    return torch.nonzero(~silent).squeeze(1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners
 from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
-from fedfuse.privacy.clipping.layer import Layer, compute_dtype, live_rows
+from fedfuse.privacy.clipping.layer import Layer, compute_dtype
 
 __all__ = ["LinearEntry", "LinearLayer", "gram_squares", "product"]
 
@@ -32,32 +32,24 @@ class LinearLayer(Layer):
         dtype = self.module.weight.dtype
         a, g = a.to(dtype), g.to(dtype)
         T, d, p = a.shape[1], g.shape[2], a.shape[2]
-        sums = g.squeeze(1) if T == 1 else g.sum(1)
+        live = self.give_bias(g)
         compiled = self.alone and T > 1 and products.fits(a, g)
         # Without kernels, rows that count are copied out, which must cost less than the others do.
-        worth_it = compiled or d * p > _COPIED * (d + p)
-        live = live_rows(g, sums) if T > 1 and worth_it else None
-        if live is not None:
-            sums = sums[live]
-            if not compiled:
-                a, g = a[live], g[live]
-        self.emit_bias(book, sums, live)
+        if live is not None and not compiled:
+            worth_it = T > 1 and d * p > _COPIED * (d + p)
+            a, g, live = (a[live], g[live], live) if worth_it else (a, g, None)
         place = self.places.get("weight")
         if place is None:
             return
         if self.alone and gram_is_cheaper(T, d, p, T * (d + p)):
-            book.enter(LinearEntry(place, a, g, live if compiled else None), live)
+            book.enter(LinearEntry(place, a, g, live if compiled else None, compiled), live)
             return
         if compiled:
             # What stands last goes into registers, many numbers at once.
-            swap = products.tiles(d, p) < products.tiles(p, d)
+            swap = products.tiles(d, p) <= products.tiles(p, d)
             first, last = (g, a) if swap else (a, g)
-            book.write(
-                place, live, None if swap else (1, 0),
-                lambda out, to: products.outer_products(
-                    _picture(first), _picture(last), products.Windows(), out=out, rows=live, to=to
-                ),
-            )  # fmt: skip
+            pairs = products.Pairs(first, last, rows=live)
+            book.write(place, live, None if swap else (1, 0), pairs.write)
             return
         # The longer side goes last: the product is then up to twice as fast.
         left, right, order = (a, g, (1, 0)) if p < d else (g, a, None)
@@ -73,11 +65,6 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
 
 
-def _picture(x: Tensor) -> Tensor:
-    """(B, T, n) -> (B, n, 1, T): a sequence as the kernels have it."""
-    return x.transpose(1, 2).unsqueeze(2)
-
-
 def _sequence(x: Tensor) -> Tensor:
     """(B, ..., n) -> (B, T, n)."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
@@ -86,14 +73,19 @@ def _sequence(x: Tensor) -> Tensor:
 class LinearEntry:
     """Gradients g^T a with a (B, T, p) and g (B, T, d), of the records that `rows` numbers."""
 
-    def __init__(self, place: int, a: Tensor, g: Tensor, rows: Tensor | None = None) -> None:
+    def __init__(
+        self, place: int, a: Tensor, g: Tensor, rows: Tensor | None = None, compiled: bool = False
+    ) -> None:
         self.place, self.a, self.g, self.rows = place, a, g, rows
+        self.pairs = products.Pairs(g, a, rows=rows) if compiled else None
 
     def squares(self, owners: Owners | None) -> Tensor:
-        if owners is None:
-            return gram_squares(self.a, self.g, self.rows)
+        if owners is None and self.pairs is not None:
+            return self.pairs.squares()
         a, g = self._counting()
-        return gram_squares(owners.side_by_side(a), owners.side_by_side(g))
+        if owners is not None:
+            a, g = owners.side_by_side(a), owners.side_by_side(g)
+        return gram_squares(a, g)
 
     def _counting(self) -> tuple[Tensor, Tensor]:
         if self.rows is None:
@@ -101,12 +93,8 @@ class LinearEntry:
         return self.a[self.rows], self.g[self.rows]
 
     def add_sum(self, factors: Tensor, broken: Tensor | None, out: Tensor) -> None:
-        a, g = self.a, self.g
-        if a.shape[1] >= products.LONG and products.fits(a, g, factors, out):
-            products.add_weighted(
-                _picture(g), _picture(a), products.Windows(),
-                factors=factors, out=out.view(-1), rows=self.rows,
-            )  # fmt: skip
+        if self.pairs is not None and self.a.shape[1] >= products.LONG:
+            self.pairs.add_sum(factors, out)
             return
         a, g = self._counting()
         if broken is not None:
@@ -116,20 +104,19 @@ class LinearEntry:
             a = a * factors[:, None, None]
         else:
             g = g * factors[:, None, None]
-        out.addmm_(g.flatten(0, 1).t(), a.flatten(0, 1))
+        g, a = g.flatten(0, 1), a.flatten(0, 1)
+        out.view(g.shape[1], a.shape[1]).addmm_(g.t(), a)
 
 
-def gram_squares(a: Tensor, g: Tensor, rows: Tensor | None = None) -> Tensor:
-    """(U,) squared norms of g^T a, for a (U, T, p) and g (U, T, d); with rows (n,) only of these.
+def gram_squares(a: Tensor, g: Tensor) -> Tensor:
+    """(U,) squared norms of g^T a, for a (U, T, p) and g (U, T, d).
 
     <a a^T, g g^T> (Goodfellow 2015, arXiv:1510.01799v2, for T = 1; Li et al. 2022,
     arXiv:2110.05679v6, section 4, for sequences). Where its terms cancel, rounding could make the
     sum too small, and a record would be clipped too little: it is raised by what rounding can do.
     """
     if a.shape[1] > 1 and products.fits(a, g):
-        return products.gram_squares(_picture(a), _picture(g), products.Windows(), rows=rows)
-    if rows is not None:
-        a, g = a[rows], g[rows]
+        return products.Pairs(g, a).squares()
     if a.shape[1] == 1:
         return a.square().sum((1, 2)).mul_(g.square().sum((1, 2)))
     aa = torch.bmm(a, a.transpose(1, 2))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedfuse.kernels import norms
+from fedfuse.kernels.library import Room
 from fedfuse.privacy.clipping.book import Book
 from fedfuse.privacy.clipping.layer import Layer
 
@@ -26,6 +28,18 @@ class _NormLayer(Layer):
             for key, grads in zip(("weight", "bias"), call, strict=False):
                 if key in self.places:
                     book.instantiate(self.places[key], grads)
+
+    def backward(self, kernel: Callable[..., Any], g: Tensor, *saved: Tensor, back: bool) -> Any:
+        """The gradient of the input by a `kernel`; those of weight and bias go into the book."""
+        weight = self.module.weight
+        rooms, grads = self.claim("weight", "bias"), None
+        if rooms is None:
+            grads = g.new_empty((2, len(g), weight.numel()))
+            rooms = [Room.of(part) for part in grads]
+        by_x = kernel(g, *saved, weight, rooms, back=back)
+        if grads is not None:
+            self.keep(*grads)
+        return by_x, None, None
 
 
 class LayerNormLayer(_NormLayer):
@@ -75,11 +89,8 @@ class _LayerNorm(torch.autograd.Function):
         m: Any = ctx.layer.module
         g = g.contiguous()
         if len(m.normalized_shape) == 1 and norms.fits(g, x, m.weight):
-            back, weight, bias = norms.layer_backward(
-                g, x, mean, rstd, m.weight, back=ctx.needs_input_grad[0]
-            )
-            ctx.layer.keep(weight, bias)
-            return back, None, None
+            back = ctx.needs_input_grad[0]
+            return ctx.layer.backward(norms.layer_backward, g, x, mean, rstd, back=back)
         size = math.prod(m.normalized_shape)
         by_record = _by_record(g, size)
         if by_record.shape[1] == 1:
@@ -189,10 +200,8 @@ class _CompiledGroupNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, mean, rstd = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
-        weight = ctx.layer.module.weight
-        back, *grads = norms.group_backward(g, x, mean, rstd, weight, back=ctx.needs_input_grad[0])
-        ctx.layer.keep(*grads)
-        return back, None, None
+        back = ctx.needs_input_grad[0]
+        return ctx.layer.backward(norms.group_backward, g, x, mean, rstd, back=back)
 
 
 _WIDE = 8

@@ -19,13 +19,18 @@ const char source[] = SOURCE;
 
 /* What is held in registers at once: of A^T G, and of the two (T, T) matrices. */
 #if WIDTH == 16
-enum { ROWS = 12, TILE_I = 4, TILE_J = 4 };
+enum { ROWS = 14, TILE_I = 4, TILE_J = 4 };
+#define EACH_ROWS(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14)
 #else
 enum { ROWS = 6, TILE_I = 4, TILE_J = 2 };
+#define EACH_ROWS(F) F(1) F(2) F(3) F(4) F(5) F(6)
 #endif
 enum { COLUMNS = 2, STRETCH = 512 }; /* STRETCH places are added up before their sum is stored */
+enum { HELD = 1 << 15, FIRST = 32 }; /* numbers of several records at a time; places of the first */
+enum { CACHE_LINE = 64 };            /* in bytes */
 
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef int ints __attribute__((vector_size(4 * WIDTH)));
 typedef double wide_vec __attribute__((vector_size(8 * WIDTH)));
 
 /* Sizes; and how many floats lie between neighbours in x (record, height, width, channel) and g. */
@@ -47,37 +52,62 @@ typedef struct {
     const int64_t *rows;
 } Pairs;
 
+/* What is ready to be read: one record, or several side by side. */
 typedef struct {
     const Shape *s;
     int64_t places, patch, columns; /* T, p, and d rounded up to whole registers */
-    int64_t *base, *offset;         /* where a place's patch begins, and a number in a patch is */
-    float *x, *g;                   /* a record's copy, where it can't be read as it lies */
-    const float *a, *b;             /* this record's x and g, ready to be read */
+    int64_t run;                    /* a patch is runs of so many numbers that lie side by side */
+    int64_t *first, *offset;        /* where a place's patch begins, and a number in a patch is */
+    int64_t most, area, line;       /* records there is room for; numbers of an x, of a place in b */
+    float *x, *g;                   /* their copies, where they can't be read as they lie */
+    const float *a, *b;             /* x and g */
+    int64_t *base;                  /* where patches begin in a */
+    const char *soon[2];            /* the x and g that are needed next */
+    int64_t step;                   /* bytes of them that are fetched at a time, by turns */
 } Work;
 
-static int begin(Work *w, const Shape *s) {
-    int64_t area = s->padded_height * s->padded_width * s->channels;
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t parts(int64_t all, int64_t size) { return (all + size - 1) / size; }
+
+/* A register's numbers, of which it has whole many, do not lie in two lines of a cache. */
+static float *zeros(int64_t count) {
+    size_t bytes = parts(count * sizeof(float), CACHE_LINE) * CACHE_LINE;
+    float *made = aligned_alloc(CACHE_LINE, bytes);
+    return made ? memset(made, 0, bytes) : made;
+}
+
+/* With `many`, there is room for as many records as are worth it, and for a copy of their g. */
+static int begin(Work *w, const Pairs *pairs, int many) {
+    const Shape *s = pairs->s;
     memset(w, 0, sizeof *w);
     w->s = s;
     w->places = s->out_height * s->out_width;
     w->patch = s->kernel_height * s->kernel_width * s->channels;
-    w->columns = (s->out_channels + WIDTH - 1) / WIDTH * WIDTH;
-    w->base = malloc(w->places * sizeof *w->base);
-    w->offset = malloc((w->patch + ROWS) * sizeof *w->offset);
+    w->columns = parts(s->out_channels, WIDTH) * WIDTH;
+    w->run = s->channels * (s->dilation_width == 1 ? s->kernel_width : 1);
+    w->area = s->padded_height * s->padded_width * s->channels;
+    w->line = w->columns + (many ? WIDTH : 0); /* powers of 2 would crowd a part of the cache */
     int padded = s->padded_height != s->height || s->padded_width != s->width;
     int in_order = s->x_channel == 1 && s->x_width == s->channels &&
                    (s->height == 1 || s->x_height == s->width * s->channels);
     int copy_x = padded || !in_order;
-    if (copy_x)
-        w->x = calloc(area, sizeof *w->x);
     in_order = s->g_channel == 1 && s->g_width == s->out_channels &&
                (s->out_height == 1 || s->g_height == s->out_width * s->out_channels);
-    int copy_g = !in_order || w->columns != s->out_channels;
+    int copy_g = many || !in_order || w->columns != s->out_channels;
+    w->most = 1;
+    if (many)
+        w->most += least(HELD / (w->places * w->line + copy_x * w->area), pairs->records);
+    w->first = malloc(w->places * sizeof *w->first);
+    w->offset = malloc(w->patch * sizeof *w->offset);
+    w->base = malloc(w->most * w->places * sizeof *w->base);
+    if (copy_x)
+        w->x = zeros(w->most * w->area);
     if (copy_g)
-        w->g = calloc(w->places * w->columns, sizeof *w->g);
-    if (!w->base || !w->offset || (copy_x && !w->x) || (copy_g && !w->g))
+        w->g = zeros(w->most * w->places * w->line);
+    if (!w->first || !w->offset || !w->base || (copy_x && !w->x) || (copy_g && !w->g))
         return 0;
-    int64_t *at = w->base;
+    int64_t *at = w->first;
     for (int64_t i = 0; i < s->out_height; i++)
         for (int64_t j = 0; j < s->out_width; j++)
             *at++ = (i * s->stride_height * s->padded_width + j * s->stride_width) * s->channels;
@@ -87,112 +117,178 @@ static int begin(Work *w, const Shape *s) {
             for (int64_t c = 0; c < s->channels; c++)
                 *at++ = c + s->channels * (i * s->dilation_height * s->padded_width +
                                            j * s->dilation_width);
-    for (int64_t i = 0; i < ROWS; i++) /* the last rows, where they are fewer than ROWS */
-        at[i] = at[-1];
+    at = w->base;
+    for (int64_t k = 0; k < w->most; k++)
+        for (int64_t t = 0; t < w->places; t++)
+            *at++ = k * w->area + w->first[t];
     return 1;
 }
 
 static void end(Work *w) {
-    free(w->base);
+    free(w->first);
     free(w->offset);
+    free(w->base);
     free(w->x);
     free(w->g);
 }
 
-/* (height, width, n) -> the same with n last; a line of `to` has room for `room` of them. */
+/* factor times (height, width, n) -> the same with n last; a line of `to` has room for `room` of
+   them. */
 static void copy(int64_t height, int64_t width, int64_t n, const float *from, int64_t by_height,
-                 int64_t by_width, int64_t by_n, float *to, int64_t line, int64_t room) {
+                 int64_t by_width, int64_t by_n, float factor, float *restrict to, int64_t line,
+                 int64_t room) {
+    if (by_n == 1 && by_width == n && room == n) {
+        n *= width;
+        width = 1;
+    }
     for (int64_t i = 0; i < height; i++, from += by_height, to += line)
-        if (by_n == 1 && by_width == n && room == n)
-            memcpy(to, from, width * n * sizeof *to);
-        else if (by_n == 1)
+        if (by_n == 1)
             for (int64_t j = 0; j < width; j++)
-                memcpy(to + j * room, from + j * by_width, n * sizeof *to);
+                for (int64_t c = 0; c < n; c++)
+                    to[j * room + c] = factor * from[j * by_width + c];
         else
             for (int64_t c = 0; c < n; c++)
                 for (int64_t j = 0; j < width; j++)
-                    to[j * room + c] = from[j * by_width + c * by_n];
+                    to[j * room + c] = factor * from[j * by_width + c * by_n];
 }
 
-/* Makes record i ready: x with zeros around it and channels last, g as (T, columns). */
-static void ready(Work *w, const Pairs *pairs, int64_t i) {
+static int64_t row(const Pairs *pairs, int64_t i) { return pairs->rows ? pairs->rows[i] : i; }
+
+/* Makes record i ready, as number k of several: x with zeros around it and channels last, and g as
+   (T, columns), which is times factor where it is a copy. */
+static void ready(Work *w, const Pairs *pairs, int64_t i, int64_t k, float factor) {
     const Shape *s = w->s;
-    int64_t line = s->padded_width * s->channels;
-    w->a = pairs->x + (pairs->rows ? pairs->rows[i] : i) * s->x_record;
-    w->b = pairs->g + (pairs->rows ? pairs->rows[i] : i) * s->g_record;
-    if (w->x) {
-        copy(s->height, s->width, s->channels, w->a, s->x_height, s->x_width, s->x_channel,
-             w->x + s->top * line + s->left * s->channels, line, s->channels);
-        w->a = w->x;
-    }
-    if (w->g) {
-        copy(s->out_height, s->out_width, s->out_channels, w->b, s->g_height, s->g_width,
-             s->g_channel, w->g, s->out_width * w->columns, w->columns);
-        w->b = w->g;
-    }
+    int64_t line = s->padded_width * s->channels, start = row(pairs, i) * s->x_record;
+    const float *g = pairs->g + row(pairs, i) * s->g_record;
+    w->a = w->x ? w->x : pairs->x;
+    w->b = w->g ? w->g : g;
+    if (w->x)
+        copy(s->height, s->width, s->channels, pairs->x + start, s->x_height, s->x_width,
+             s->x_channel, 1, w->x + k * w->area + s->top * line + s->left * s->channels, line,
+             s->channels);
+    for (int64_t t = 0; !w->x && t < w->places; t++)
+        w->base[k * w->places + t] = start + w->first[t];
+    if (w->g)
+        copy(s->out_height, s->out_width, s->out_channels, g, s->g_height, s->g_width, s->g_channel,
+             factor, w->g + k * w->places * w->line, s->out_width * w->line, w->line);
 }
 
-/* out[r][c] = sum over t of x[base[t] + AT] g[t][c], for r < rows and c < COLS * WIDTH; with `more`
-   it is added to what stands there. `squares`: of what is then in out, by place in a register. */
-#define PRODUCT(NAME, COLS, AT)                                                                   \
-    static void NAME(int64_t places, const int64_t *base, const float *x, const int64_t *offset,  \
-                     const float *g, int64_t columns, int more, int64_t rows, float *out,         \
-                     int64_t line, vec *squares) {                                                \
-        vec sum[ROWS][COLS], found = {0};                                                         \
-        (void)offset;                                                                             \
-        for (int r = 0; r < ROWS; r++)                                                            \
-            for (int c = 0; c < COLS; c++)                                                        \
-                sum[r][c] = (vec){0};                                                             \
-        for (int64_t t = 0; t < places; t++) {                                                    \
-            const float *seen = x + base[t];                                                      \
-            vec b[COLS];                                                                          \
-            for (int c = 0; c < COLS; c++)                                                        \
-                b[c] = *(const vec *)(g + t * columns + c * WIDTH);                               \
-            _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++)                               \
-                for (int c = 0; c < COLS; c++)                                                    \
-                    sum[r][c] += seen[AT] * b[c];                                                 \
-        }                                                                                         \
-        _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) if (r < rows)                     \
-            for (int c = 0; c < COLS; c++) {                                                      \
-                vec *to = (vec *)(out + r * line + c * WIDTH);                                    \
-                vec all = more ? *to + sum[r][c] : sum[r][c];                                     \
-                *to = all;                                                                        \
-                found += all * all;                                                               \
-            }                                                                                     \
-        *squares = found;                                                                         \
-    }
-PRODUCT(near_two, 2, r)
-PRODUCT(near_one, 1, r)
-PRODUCT(far_two, 2, offset[r])
-PRODUCT(far_one, 1, offset[r])
+/* `count` records from i on are needed next. Memory is slow, so they are fetched while others are
+   multiplied, in so many `turns`: a step of x, then one of g. */
+static void announce(Work *w, const Pairs *pairs, int64_t i, int64_t count, int64_t turns) {
+    int64_t x = w->s->height * w->s->width * w->s->channels, g = w->places * w->s->out_channels;
+    count = least(count, pairs->records - i);
+    i = count ? row(pairs, i) : 0;
+    w->soon[0] = (const char *)(pairs->x + i * w->s->x_record);
+    w->soon[1] = (const char *)(pairs->g + i * w->s->g_record);
+    w->step = parts(2 * count * (x > g ? x : g) * sizeof *pairs->x, turns);
+}
 
-/* out (p, d) = A^T G of the record that is ready, or, with `more`, out + A^T G; `squares`: of out, in
-   WIDTH parts. */
-static void product(const Work *w, int more, float *out, wide_vec *squares) {
-    int64_t d = w->s->out_channels;
+/* A block of out: out[r][c] = sum over t of x[base[t] + offset[r]] g[t][c], to which is added, with
+   `more`, what stands there. Meanwhile what is needed soon is fetched, a step for each t. */
+typedef struct {
+    int64_t places, g_line, out_line;
+    const int64_t *base, *offset;
+    const float *x, *g;
+    float *out;
+    int more;
+    const char *soon[2];
+    int64_t step;
+} Block;
+
+/* Of so many rows and registers of columns; `near`: the offsets follow one another. `squares`: of what
+   is then in out, by place in a register. */
+static inline __attribute__((always_inline)) void block(const Block *b, int rows, int cols, int near,
+                                                        vec *squares) {
+    vec sum[ROWS][COLUMNS], found[COLUMNS] = {{0}};
+    const int64_t *base = b->base, *offset = b->offset, line = b->g_line;
+    const float *x = near ? b->x + offset[0] : b->x, *g = b->g;
+    const char *soon = b->soon[0], *then = b->soon[1], *after;
+    int64_t step = b->step;
+    int more = b->more;
+    _Pragma("GCC unroll 14") for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c++) {
+            sum[r][c] = (vec){0};
+            __builtin_prefetch(b->out + r * b->out_line + c * WIDTH, 1);
+        }
+    for (int64_t t = 0, places = b->places; t < places; t++, g += line) {
+        const float *seen = x + base[t];
+        vec y[COLUMNS];
+        __builtin_prefetch(soon);
+        after = soon + step;
+        soon = then;
+        then = after;
+        for (int c = 0; c < cols; c++)
+            y[c] = *(const vec *)(g + c * WIDTH);
+        _Pragma("GCC unroll 14") for (int r = 0; r < rows; r++)
+            for (int c = 0; c < cols; c++)
+                sum[r][c] += seen[near ? r : offset[r]] * y[c];
+    }
+    _Pragma("GCC unroll 14") for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c++) {
+            vec *to = (vec *)(b->out + r * b->out_line + c * WIDTH);
+            vec all = more ? *to + sum[r][c] : sum[r][c];
+            *to = all;
+            found[c] += all * all;
+        }
+    *squares = cols == 1 ? found[0] : found[0] + found[1];
+}
+
+#define KINDS(R)                                                                                  \
+    static void far_one_##R(const Block *b, vec *squares) { block(b, R, 1, 0, squares); }         \
+    static void far_two_##R(const Block *b, vec *squares) { block(b, R, 2, 0, squares); }         \
+    static void near_one_##R(const Block *b, vec *squares) { block(b, R, 1, 1, squares); }        \
+    static void near_two_##R(const Block *b, vec *squares) { block(b, R, 2, 1, squares); }
+EACH_ROWS(KINDS)
+#define NAMES(R) {{far_one_##R, far_two_##R}, {near_one_##R, near_two_##R}},
+static void (*const blocks[ROWS][2][2])(const Block *, vec *) = {EACH_ROWS(NAMES)};
+
+/* So many numbers of a patch are cut into blocks: a run, or where runs are short, all. */
+static int64_t stretch(const Work *w) { return w->run >= ROWS / 2 ? w->run : w->patch; }
+
+/* Through how many places the blocks of out go in all. */
+static int64_t turns(const Work *w, int64_t held) {
+    return held * w->places * parts(w->columns, COLUMNS * WIDTH) * parts(stretch(w), ROWS) *
+           (w->patch / stretch(w));
+}
+
+/* out (p, d) = A^T G of the records that are ready, `held` of them, or, with `more`, out + A^T G;
+   `squares`: of out, in WIDTH parts. */
+static void product(const Work *w, int64_t held, int more, float *out, wide_vec *squares) {
+    int64_t d = w->s->out_channels, places = held * w->places, run = stretch(w);
+    int near = run == w->run;
+    Block b = {.x = w->a, .g_line = w->line, .soon = {w->soon[0], w->soon[1]}};
+    /* Longer steps would leave out most; what the processor fetches by itself is better then. */
+    b.step = w->step < 2 * CACHE_LINE ? w->step : 0;
     *squares = (wide_vec){0};
     for (int64_t n = 0, some; n < w->columns; n += some) {
         int two = n + 2 * WIDTH <= w->columns;
         some = two ? 2 * WIDTH : WIDTH;
         int64_t cut = d - n < some ? d - n : 0; /* columns of a block that is not whole */
-        for (int64_t p = 0; p < w->patch; p += ROWS) {
-            const int64_t *offset = w->offset + p;
-            int64_t lines = w->patch - p < ROWS ? w->patch - p : ROWS;
-            int near = lines == ROWS && offset[ROWS - 1] == offset[0] + ROWS - 1;
-            float part[ROWS * COLUMNS * WIDTH], *block = out + p * d + n;
-            vec found = {0};
+        for (int64_t p = 0, rows; p < w->patch; p += rows) {
+            int64_t left = run - p % run;
+            rows = parts(left, parts(left, ROWS)); /* as few blocks as can be, about equal */
+            float part[ROWS * COLUMNS * WIDTH], *corner = out + p * d + n;
+            vec found;
             if (cut)
                 memset(part, 0, sizeof part);
-            for (int64_t r = 0; more && cut && r < lines; r++)
-                memcpy(part + r * some, block + r * d, cut * sizeof *part);
-            for (int64_t t = 0; t < w->places; t += STRETCH)
-                (near ? (two ? near_two : near_one) : (two ? far_two : far_one))(
-                    w->places - t < STRETCH ? w->places - t : STRETCH, w->base + t,
-                    near ? w->a + offset[0] : w->a, offset, w->b + t * w->columns + n, w->columns,
-                    more || t > 0, lines, cut ? part : block, cut ? some : d, &found);
+            for (int64_t r = 0; more && cut && r < rows; r++)
+                memcpy(part + r * some, corner + r * d, cut * sizeof *part);
+            b.offset = w->offset + p;
+            b.out = cut ? part : corner;
+            b.out_line = cut ? some : d;
+            for (int64_t t = 0; t < places; t += STRETCH) {
+                b.places = least(places - t, STRETCH);
+                b.base = w->base + t;
+                b.g = w->b + t * w->line + n;
+                b.more = more || t > 0;
+                blocks[rows - 1][near][two](&b, &found);
+                for (int k = 0; k < 2; k++)
+                    b.soon[k] += b.places * b.step / 2;
+            }
             *squares += __builtin_convertvector(found, wide_vec);
-            for (int64_t r = 0; cut && r < lines; r++)
-                memcpy(block + r * d, part + r * some, cut * sizeof *part);
+            for (int64_t r = 0; cut && r < rows; r++)
+                memcpy(corner + r * d, part + r * some, cut * sizeof *part);
         }
     }
 }
@@ -201,11 +297,12 @@ static void product(const Work *w, int more, float *out, wide_vec *squares) {
    these. Returns 0, or 1 where memory is missing, as the others do. */
 int outer(const Pairs *pairs, float *out, const int64_t *to, int64_t out_record, float *squares) {
     Work w;
-    int failed = !begin(&w, pairs->s);
+    int failed = !begin(&w, pairs, 0);
     for (int64_t i = 0; !failed && i < pairs->records; i++) {
         wide_vec square;
-        ready(&w, pairs, i);
-        product(&w, 0, out + (to ? to[i] : i) * out_record, &square);
+        ready(&w, pairs, i, 0, 1);
+        announce(&w, pairs, i + 1, 1, turns(&w, 1));
+        product(&w, 1, 0, out + (to ? to[i] : i) * out_record, &square);
         double all = 0;
         for (int k = 0; k < WIDTH; k++)
             all += square[k];
@@ -218,32 +315,56 @@ int outer(const Pairs *pairs, float *out, const int64_t *to, int64_t out_record,
 /* out (p, d) += the sum of factor times A^T G; a record with factor 0 is not looked at. */
 int weighted(const Pairs *pairs, const float *factors, float *out) {
     Work w;
-    int failed = !begin(&w, pairs->s);
-    if (!failed && !w.g) /* there is always a copy, which is scaled */
-        failed = !(w.g = malloc(w.places * w.columns * sizeof *w.g));
+    int failed = !begin(&w, pairs, 1);
+    /* Several records are as one with all their places: out is fetched and stored once for them. At
+       first they are few: nothing fetched these before. */
+    int64_t held = 0, wanted = failed ? 0 : least(parts(FIRST, w.places), w.most);
     for (int64_t i = 0; !failed && i < pairs->records; i++) {
         wide_vec square;
-        if (factors[i] == 0)
-            continue;
-        ready(&w, pairs, i);
-        for (int64_t k = 0; k < w.places * w.columns; k++)
-            w.g[k] *= factors[i];
-        product(&w, 1, out, &square);
+        if (factors[i] != 0)
+            ready(&w, pairs, i, held++, factors[i]);
+        if (held == wanted || (held && i + 1 == pairs->records)) {
+            wanted = least(2 * wanted, w.most);
+            announce(&w, pairs, i + 1, wanted, turns(&w, held));
+            product(&w, held, 1, out, &square);
+            held = 0;
+        }
     }
     end(&w);
     return failed;
 }
 
-/* sums[i][j] = <row i of a, row j of b>, in WIDTH parts; a row is `runs` of `length` floats. */
-static inline __attribute__((always_inline)) void dots(const float *const *a, const float *const *b,
-                                                       int64_t runs, int64_t length, int64_t stride,
-                                                       vec (*sums)[TILE_J]) {
-    vec sum[TILE_I][TILE_J];
-    for (int i = 0; i < TILE_I; i++)
-        for (int j = 0; j < TILE_J; j++)
-            sum[i][j] = (vec){0};
+/* The totals of WIDTH registers, side by side. What is left of each, 2 h lanes, is folded to h: those
+   of register k, then those of register k + h, and so on. */
+#define LANE(h, k) ((k) / (h) % 2 * WIDTH + (k) / (2 * (h)) * 2 * (h) + (k) % (h))
+#define FOUR(h, k, at) LANE(h, k) + at, LANE(h, k + 1) + at, LANE(h, k + 2) + at, LANE(h, k + 3) + at
+#if WIDTH == 16
+#define LANES(h, at) FOUR(h, 0, at), FOUR(h, 4, at), FOUR(h, 8, at), FOUR(h, 12, at)
+#else
+#define LANES(h, at) FOUR(h, 0, at), FOUR(h, 4, at)
+#endif
+#define FOLD(h)                                                                                   \
+    for (int k = 0; k < h; k++)                                                                   \
+        v[k] = __builtin_shufflevector(v[k], v[k + h], LANES(h, 0)) +                             \
+               __builtin_shufflevector(v[k], v[k + h], LANES(h, h));
+static inline vec totals(vec *v) {
+#if WIDTH == 16
+    FOLD(8)
+#endif
+    FOLD(4)
+    FOLD(2)
+    FOLD(1)
+    return v[0];
+}
+
+/* In lane i * TILE_J + j <row i of a, row j of b>; a row is `runs` of `length` floats, which begin
+   where `offset` has their first. */
+static inline __attribute__((always_inline)) vec dots(const float *const *a, const float *const *b,
+                                                      int64_t runs, int64_t length,
+                                                      const int64_t *offset) {
+    vec sum[TILE_I * TILE_J] = {{0}};
     for (int64_t r = 0; r < runs; r++) {
-        int64_t k = r * stride, whole = k + length / WIDTH * WIDTH, stop = k + length;
+        int64_t k = offset[r * length], whole = k + length / WIDTH * WIDTH, stop = k + length;
         for (; k < whole; k += WIDTH) {
             vec y[TILE_J];
             for (int j = 0; j < TILE_J; j++)
@@ -251,85 +372,62 @@ static inline __attribute__((always_inline)) void dots(const float *const *a, co
             for (int i = 0; i < TILE_I; i++) {
                 vec z = *(const vec *)(a[i] + k);
                 for (int j = 0; j < TILE_J; j++)
-                    sum[i][j] += z * y[j];
+                    sum[i * TILE_J + j] += z * y[j];
             }
         }
         for (; k < stop; k++)
             for (int i = 0; i < TILE_I; i++)
                 for (int j = 0; j < TILE_J; j++)
-                    sum[i][j][0] += a[i][k] * b[j][k];
+                    sum[i * TILE_J + j][0] += a[i][k] * b[j][k];
     }
-    for (int i = 0; i < TILE_I; i++)
-        for (int j = 0; j < TILE_J; j++)
-            sums[i][j] = sum[i][j];
-}
-
-static inline float total(vec v) {
-    typedef float quarter __attribute__((vector_size(16)));
-#if WIDTH == 16
-    typedef float half __attribute__((vector_size(32)));
-    half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-    vec h = v;
-#endif
-    quarter q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
-    return (q[0] + q[1]) + (q[2] + q[3]);
+    return totals(sum);
 }
 
 /* For each record |A^T G|^2, rounded up: where terms cancel, rounding could make their sum too small,
    and it is raised by what rounding can do to so many as large as the sum over t of |a_t| |g_t|. */
 int gram(const Pairs *pairs, float *squares) {
-    const Shape *s = pairs->s;
     Work w;
-    int failed = !begin(&w, s);
-    /* A patch is runs of floats that lie side by side: lines of the kernel, or its places. */
-    int whole = s->dilation_width == 1;
-    int64_t length = s->channels * (whole ? s->kernel_width : 1);
-    int64_t across = whole ? 1 : s->kernel_width, right = s->dilation_width * s->channels;
-    int64_t down = s->dilation_height * s->padded_width * s->channels;
+    int failed = !begin(&w, pairs, 0);
+    int64_t tiles = parts(w.places, TILE_I) * (parts(w.places, TILE_J) + TILE_I / TILE_J) / 2;
+    ints down, across; /* of a lane in a tile */
+    for (int k = 0; k < WIDTH; k++) {
+        down[k] = k / TILE_J;
+        across[k] = k % TILE_J;
+    }
     for (int64_t n = 0; !failed && n < pairs->records; n++) {
         double square = 0, reached = 0;
-        ready(&w, pairs, n);
+        wide_vec sum = {0};
+        ready(&w, pairs, n, 0, 1);
+        announce(&w, pairs, n + 1, 1, 2 * tiles);
         for (int64_t i = 0; i < w.places; i += TILE_I)
             for (int64_t j = i; j < w.places; j += TILE_J) {
                 const float *ai[TILE_I], *bi[TILE_I], *aj[TILE_J], *bj[TILE_J];
+                for (int k = 0; k < 2; k++)
+                    for (const char *stop = w.soon[k] + w.step; w.soon[k] < stop; w.soon[k] += CACHE_LINE)
+                        __builtin_prefetch(w.soon[k]);
                 for (int k = 0; k < TILE_I; k++) {
                     int64_t t = i + k < w.places ? i + k : i;
                     ai[k] = w.a + w.base[t];
-                    bi[k] = w.b + t * w.columns;
+                    bi[k] = w.b + t * w.line;
                 }
                 for (int k = 0; k < TILE_J; k++) {
                     int64_t u = j + k < w.places ? j + k : j;
                     aj[k] = w.a + w.base[u];
-                    bj[k] = w.b + u * w.columns;
+                    bj[k] = w.b + u * w.line;
                 }
-                vec aa[TILE_I][TILE_J], gg[TILE_I][TILE_J], sum = {0};
-                dots(bi, bj, 1, w.columns, 0, gg);
-                dots(ai, aj, s->kernel_height, length, down, aa);
-                for (int64_t r = 1; r < across; r++) {
-                    vec more[TILE_I][TILE_J];
-                    for (int k = 0; k < TILE_I; k++)
-                        ai[k] += right;
-                    for (int l = 0; l < TILE_J; l++)
-                        aj[l] += right;
-                    dots(ai, aj, s->kernel_height, length, down, more);
-                    for (int k = 0; k < TILE_I; k++)
-                        for (int l = 0; l < TILE_J; l++)
-                            aa[k][l] += more[k][l];
-                }
-                for (int k = 0; k < TILE_I; k++)
-                    for (int l = 0; l < TILE_J; l++) {
-                        int64_t t = i + k, u = j + l;
-                        if (t > u || u >= w.places)
-                            continue; /* <a_t, a_u> is <a_u, a_t>: taken once, twice as much */
-                        float dot = total(gg[k][l]);
-                        if (t == u)
-                            reached += sqrtf(fmaxf(dot, 0) * total(aa[k][l]));
-                        sum += aa[k][l] * (t == u ? dot : 2 * dot);
-                    }
-                square += total(sum);
+                vec both = dots(ai, aj, w.patch / w.run, w.run, w.offset) *
+                           dots(bi, bj, 1, w.columns, w.offset);
+                ints below = down + (int)(i - j), inside = across < (int)(w.places - j);
+                ints equal = (below == across) & inside, above = (below < across) & inside;
+                for (int k = 0; j < i + TILE_I && k < WIDTH; k++)
+                    if (equal[k])
+                        reached += sqrtf(fmaxf(both[k], 0));
+                both = (vec)((ints)both & (above | equal));
+                both += (vec)((ints)both & above); /* <a_t, a_u> is <a_u, a_t>: taken once, as two */
+                sum += __builtin_convertvector(both, wide_vec);
             }
+        for (int k = 0; k < WIDTH; k++)
+            square += sum[k];
         square += reached * reached * (FLT_EPSILON / 2);
         squares[n] = square < 0 ? 0 : square; /* what is not a number stays so */
     }

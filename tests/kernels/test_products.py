@@ -145,6 +145,63 @@ def test_a_record_with_factor_0_adds_nothing_whatever_its_numbers_are(level: str
     assert torch.allclose(total.view(20, 35), 2 * whole[0] + 0.5 * whole[2], rtol=1e-5, atol=1e-5)
 
 
+def some(
+    layer: nn.Conv2d, records: int, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Windows, Tensor]:
+    """Inputs, output gradients, windows, and the gradients of a layer's weight in float64."""
+    torch.manual_seed(0)
+    x = torch.randn(records, layer.in_channels, *size)
+    with torch.no_grad():
+        g = torch.randn_like(layer.double()(x.double()).float())
+    windows = Windows(kernel=layer.kernel_size, dilation=layer.dilation, padding=layer.padding)  # type: ignore[arg-type]
+    return x, g, windows, expected(layer, x, g).flatten(1)
+
+
+def test_a_patch_is_cut_into_blocks_of_any_height(level: str) -> None:
+    for p in range(1, 31):
+        near = nn.Conv2d(p, 49, 1, bias=False)
+        far = nn.Conv2d(1, 49, (1, p), dilation=(1, 2), bias=False)
+        for layer in (near, far):
+            x, g, windows, true = some(layer, 2, (1, 70))
+            out = torch.empty(2, p * 49)
+            Pairs(x, g, windows).write(Room.of(out))
+            assert float((out - true).abs().max()) <= 2e-6 * float(true.abs().max())
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(1, (1, 3)), (1, (1, 40)), (3, (4, 5))])
+def test_many_records_are_added_up_but_for_those_with_factor_0(
+    level: str, kernel: int, size: tuple[int, int]
+) -> None:
+    layer = nn.Conv2d(21, 50, kernel, padding=kernel // 2, bias=False)
+    x, g, windows, true = some(layer, 60, size)
+    factors = torch.rand(60)
+    factors[::7] = 0
+    factors[-1] = 0
+    x[factors == 0], g[factors == 0] = float("nan"), float("inf")
+    for rows in (None, torch.randperm(60)[:45]):
+        total = torch.ones(true.shape[1])
+        some_factors = factors if rows is None else factors[rows]
+        Pairs(x, g, windows, rows).add_sum(some_factors, total)
+        wanted = 1 + some_factors.double() @ (true if rows is None else true[rows])
+        assert float((total - wanted).abs().max()) <= 2e-6 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(1, (1, 33)), (3, (4, 5))])
+def test_a_product_and_its_norms_are_the_same_among_other_records(
+    level: str, kernel: int, size: tuple[int, int]
+) -> None:
+    layer = nn.Conv2d(32, 48, kernel, padding=kernel // 2, bias=False)
+    x, g, windows, true = some(layer, 5, size)
+    together, alone = torch.empty(5, true.shape[1]), torch.empty(1, true.shape[1])
+    squares = Pairs(x, g, windows).write(Room.of(together))
+    gram = Pairs(x, g, windows).squares()
+    for i in range(5):
+        one = Pairs(x[i : i + 1], g[i : i + 1], windows)
+        assert torch.equal(one.write(Room.of(alone)), squares[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+        assert torch.equal(one.squares(), gram[i : i + 1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     records=st.integers(1, 5), places=st.integers(1, 40), p=st.integers(1, 40),

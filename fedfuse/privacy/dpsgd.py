@@ -8,7 +8,7 @@ its step, each for a reason:
 
     clipping  a record whose gradient is not finite counts as zero, so that one broken record
               neither stops the step nor escapes the bound
-    noise     from a ChaCha20 stream (see noise.py), not from torch's global generator
+    noise     from an AES-256 stream (see noise.py), not from torch's global generator
     divisor   the public expected batch size, never the number of records drawn
 
 A unit is what the promise is about: a record, or all drawn records of a subject, whose gradients

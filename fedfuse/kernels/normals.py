@@ -23,6 +23,8 @@ def adder(
     It adds 14 eights normals, made of the first 16 eights of `words`, to `values` (N,) from number
     `start` on, float32 or float64, side by side; those beyond N are left out.
 
+    The function knows where both lie, and does not keep them: that is for whoever calls it.
+
     words  random bits; what they are when the function is called counts
     scale  the deviation of one of the eight that are added up
     """

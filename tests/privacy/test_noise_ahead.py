@@ -276,6 +276,7 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
         if child == 0:
             found = b"broken"
             try:
+                torch.set_num_threads(1)  # OpenMP's own threads are not in a child
                 noise._Source.add_normals = real  # type: ignore[method-assign]
                 node.optimizer.pre_step()
                 found = node.noise().numpy().tobytes() + node.step().numpy().tobytes()

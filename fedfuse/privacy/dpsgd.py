@@ -196,7 +196,7 @@ class PrivateOptimizer:
         book.expect(self.params)
         places = [part.places for part in self.parts]
         factors = self._factors(book.squares(places).sqrt_())
-        book.add_sums(places, factors, self._sums.flat)
+        book.add_sums(places, factors, self._sums)
 
     def _factors(self, norms: Tensor) -> Tensor:
         """(P, U) factors for the norms (P, U) of each part of each unit; counts the unclipped."""

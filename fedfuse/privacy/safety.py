@@ -42,6 +42,7 @@ from fedfuse.errors import ModelError
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.clipping.fallback import FallbackLayer
 from fedfuse.privacy.lengths import lengths
+from fedfuse.privacy.sums import Sums
 
 __all__ = ["Finding", "check", "check_model", "problems", "refuse"]
 
@@ -357,9 +358,8 @@ def _engine(model: nn.Module, batch: Batch, loss: Any) -> Iterator[Finding]:
         book.backward(batch, loss)
         places = [range(len(trained))]
         squares = book.squares(places)[0]
-        sums = [torch.zeros_like(p) for p in trained]
-        ones = torch.ones(1, len(batch)).to(squares)
-        book.add_sums(places, ones, [total.view(-1) for total in sums])
+        sums = Sums(trained)
+        book.add_sums(places, torch.ones(1, len(batch)).to(squares), sums)
     except ModelError as error:
         yield Finding(where=error.where or "model", what=error.what, hint=error.hint)
         return
@@ -376,7 +376,7 @@ def _engine(model: nn.Module, batch: Batch, loss: Any) -> Iterator[Finding]:
     scale = max(float(torch.stack(norms).max()), 1e-12)
     wrong = [
         name
-        for name, a, b in zip(names, sums, total, strict=True)
+        for name, a, b in zip(names, sums.views, total, strict=True)
         if float((a - b).norm()) > 10 * _CLOSE * scale
     ]
     if wrong or _apart(squares.sqrt(), torch.stack(norms), 10 * _CLOSE):

@@ -30,13 +30,26 @@ class Sums:
         """In the parameters' shapes."""
         self.flat: list[Tensor] = []
         """The same memory, (n,) each."""
+        self._lies: list[tuple[Tensor, int, int]] = []
+        """In which block each is, from where to where."""
         start = dict.fromkeys(blocks, 0)
         for p in parameters:
             key = (p.dtype, p.device)
             stop = start[key] + p.numel()
             self.flat.append(blocks[key][start[key] : stop])
             self.views.append(self.flat[-1].view(p.shape))
+            self._lies.append((blocks[key], start[key], stop))
             start[key] = stop
+
+    def joined(self, places: Sequence[int]) -> list[Tensor]:
+        """The numbers of these parameters, in one tensor where they lie side by side."""
+        found: list[tuple[Tensor, int, int]] = []
+        for place in places:
+            block, start, stop = self._lies[place]
+            if found and found[-1][0] is block and found[-1][2] == start:
+                start = found.pop()[1]
+            found.append((block, start, stop))
+        return [block[start:stop] for block, start, stop in found]
 
     def clear(self) -> None:
         """All zero."""

@@ -9,9 +9,9 @@ reduction and one product together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedfuse.kernels.library import Room, plain
 from fedfuse.privacy.clipping.costs import SMALL
 from fedfuse.privacy.lengths import lengths
+from fedfuse.privacy.sums import Sums
 
 __all__ = ["Book", "Entry", "Owners", "stored"]
 
@@ -78,12 +79,16 @@ class Entry(Protocol):
         ...
 
 
-class _Run(NamedTuple):
+@dataclass(slots=True)
+class _Run:
     """Neighbours in the slab that are of one part."""
 
     part: int
     columns: slice
     places: list[int]
+    sums: Sums | None = None
+    joined: list[Tensor] = field(default_factory=list)
+    """What the places have in `sums`."""
 
 
 class Book:
@@ -240,6 +245,10 @@ class Book:
         whole = grads.view(-1, *stored(self.parameters[place].shape, order))
         return whole.permute(0, *(1 + i for i in order)).flatten(1)
 
+    def is_small(self, place: int) -> bool:
+        """Whether a parameter's gradients lie in the slab, if they are instantiated."""
+        return place in self._columns
+
     def fresh(self, place: int) -> bool:
         """Whether nothing is instantiated yet for a parameter, so that `room` is free."""
         return place not in self._written
@@ -305,10 +314,10 @@ class Book:
         self,
         parts: Sequence[Sequence[int]],
         factors: Tensor,
-        sums: Sequence[Tensor],
+        sums: Sums,
         owners: Owners | None,
     ) -> None:
-        """Adds to sums[place] (n,), the parameter's numbers, the sum of factor times gradient.
+        """Adds to each parameter's `sums` the sum of factor times gradient.
 
         factors  (P, U); a unit with factor 0 contributes nothing, whatever its numbers are
         """
@@ -323,31 +332,34 @@ class Book:
             if any_broken:
                 slab[broken] = 0
             for run in runs:
-                self._add_columns(run.places, of_part[run.part] @ slab[:, run.columns], sums)
+                self._add_columns(run, of_part[run.part] @ slab[:, run.columns], sums)
         for place, (grads, live) in self._large.items():
             mine = of_part[part_of[place]]
             if any_broken:
                 grads[_some(broken, live)] = 0
             if self._order.get(place) is None:
-                sums[place].addmv_(grads.t(), _some(mine, live))
+                sums.flat[place].addmv_(grads.t(), _some(mine, live))
             else:
                 total = torch.mv(grads.t(), _some(mine, live))
-                sums[place].view(self.parameters[place].shape).add_(self._shaped(place, total))
+                sums.views[place].add_(self._shaped(place, total))
         if owners is not None:
             of_part = factors[:, owners.of].unbind()
             broken = broken[owners.of]
         for entry, live in self._entries:
             mine = _some(of_part[part_of[entry.place]], live)
             lost = _some(broken, live) if any_broken else None
-            entry.add_sum(mine, lost, sums[entry.place])
+            entry.add_sum(mine, lost, sums.flat[entry.place])
 
-    def _add_columns(self, places: Sequence[int], total: Tensor, sums: Sequence[Tensor]) -> None:
-        """Adds `total`, of these places' columns, to their sums."""
-        parts = list(total.split([self.parameters[place].numel() for place in places]))
-        for i, place in enumerate(places):
+    def _add_columns(self, run: _Run, total: Tensor, sums: Sums) -> None:
+        """Adds `total`, of the run's columns, to its parameters' sums."""
+        for place in run.places:
             if self._order.get(place) is not None:
-                parts[i] = self._shaped(place, parts[i]).reshape(-1)
-        torch._foreach_add_([sums[place] for place in places], parts)
+                columns = self._columns[place]
+                mine = total[columns.start - run.columns.start : columns.stop - run.columns.start]
+                mine.copy_(self._shaped(place, mine).reshape(-1))
+        if run.sums is not sums:
+            run.sums, run.joined = sums, sums.joined(run.places)
+        torch._foreach_add_(run.joined, list(total.split([len(part) for part in run.joined])))
 
     def _shaped(self, place: int, numbers: Tensor) -> Tensor:
         """(n,) numbers of a parameter, as they are kept, in its shape."""

@@ -57,6 +57,7 @@ from fedfuse.privacy.clipping.recurrent import (
     is_recurrent,
     is_recurrent_linear,
 )
+from fedfuse.privacy.sums import Sums
 
 __all__ = ["BookKeeping"]
 
@@ -193,10 +194,8 @@ class BookKeeping:
             return self.book.squares(parts, self._owners)
 
     @torch.no_grad()
-    def add_sums(
-        self, parts: Sequence[Sequence[int]], factors: Tensor, sums: Sequence[Tensor]
-    ) -> None:
-        """Adds to sums[place] (n,) the units' gradients times `factors` (P, U); closes the book."""
+    def add_sums(self, parts: Sequence[Sequence[int]], factors: Tensor, sums: Sums) -> None:
+        """Adds to `sums` the units' gradients times `factors` (P, U), and closes the book."""
         with torch.autocast(self.parameters[0].device.type, enabled=False):
             self.book.add_sums(parts, factors, sums, self._owners)
         self.book.close()

@@ -25,16 +25,25 @@ a number of a or g that is scaled by its record's factor. Measured, for float32 
 choice is seldom close."""
 
 
+_ENTRY = 6e6
+"""Operations of a product in the time that an entry of its own takes, whatever its size."""
+
+
 @lru_cache(maxsize=4096)
-def gram_is_cheaper(T: int, d: int, p: int, held: int) -> bool:
+def gram_is_cheaper(T: int, d: int, p: int, held: int, slab_of: int = 0) -> bool:
     """Whether (T, T) Gram matrices beat a (d, p) gradient for each record.
 
-    held  numbers of a record's input and output gradient, which are in memory anyway; an
-          instantiated gradient of more would be what sets the peak
+    held     numbers of a record's input and output gradient, which are in memory anyway; an
+             instantiated gradient of more would be what sets the peak
+    slab_of  records, where an instantiated gradient would lie in a slab with others
 
     >>> gram_is_cheaper(1, 64, 64, 128), gram_is_cheaper(256, 16, 16, 8192)
     (True, False)
+    >>> [gram_is_cheaper(1, 10, 64, 74, slab_of=records) for records in (32, 2048)]
+    [False, True]
     """
     gram = 2.0 * T * T * (d + p) + 10.0 * T * T + _WRITTEN * T * min(d, p)
     whole = _WRITTEN * d * p
+    if slab_of:
+        return gram + _ENTRY / slab_of <= whole
     return gram <= whole or (d * p > held and gram <= 4 * whole)

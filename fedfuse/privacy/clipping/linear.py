@@ -33,16 +33,18 @@ class LinearLayer(Layer):
         a, g = a.to(dtype), g.to(dtype)
         T, d, p = a.shape[1], g.shape[2], a.shape[2]
         live = self.give_bias(g)
-        compiled = self.alone and T > 1 and products.fits(a, g)
+        place = self.places.get("weight")
+        small = place is not None and book.is_small(place)
+        compiled = self.alone and (T > 1 or small) and products.fits(a, g)
         # Without kernels, rows that count are copied out, which must cost less than the others do.
         if live is not None and not compiled:
             worth_it = T > 1 and d * p > _COPIED * (d + p)
             a, g, live = (a[live], g[live], live) if worth_it else (a, g, None)
-        place = self.places.get("weight")
         if place is None:
             return
-        if self.alone and gram_is_cheaper(T, d, p, T * (d + p)):
-            book.enter(LinearEntry(place, a, g, live if compiled else None, compiled), live)
+        if self.alone and gram_is_cheaper(T, d, p, T * (d + p), book.rows if small else 0):
+            rows = live if compiled else None
+            book.enter(LinearEntry(place, a, g, rows, compiled and T > 1), live)
             return
         if compiled:
             # What stands last goes into registers, many numbers at once.

@@ -229,8 +229,8 @@ FAULTS = (
         line=4,
         name="kernel-noise-of-two-thirds",
         file="fedfuse/kernels/normals.c",
-        old="sqrt(logarithm(u) * scale)",
-        new="(sqrt(logarithm(u) * scale) * 2 / 3)",
+        old="doubles x = radius *",
+        new="radius *= 2.0 / 3.0;\n    doubles x = radius *",
         tests=(f"{NOISE}test_noise_has_the_declared_sigma",),
     ),
     Fault(
@@ -280,8 +280,8 @@ FAULTS = (
         line=4,
         name="noise-of-two-thirds",
         file="fedfuse/privacy/noise.py",
-        old="scale = -2.0 * std * std / 8.0",
-        new="scale = -2.0 * std * std / 18.0",
+        old="scale = std / math.sqrt(8.0)",
+        new="scale = std / math.sqrt(18.0)",
         tests=(f"{NOISE}test_noise_has_the_declared_sigma",),
     ),
     Fault(
@@ -331,8 +331,8 @@ FAULTS = (
         line=6,
         name="noise-from-torch",
         file="fedfuse/privacy/noise.py",
-        old="self._stream.update_into(memoryview(self._zeros)[: 8 * count], drawn.data)",
-        new="drawn[:] = torch.randint(256, (8 * count,), dtype=torch.uint8).numpy()",
+        old="self._stream.update_into(_ZEROS[: len(part)], part)",
+        new="part[:] = torch.randint(256, (len(part),), dtype=torch.uint8).numpy().tobytes()",
         tests=(f"{NOISE}test_torch_seed_does_not_touch_noise",),
     ),
     Fault(

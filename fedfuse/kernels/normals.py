@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -11,30 +12,43 @@ from numpy.typing import NDArray
 
 from fedfuse.kernels.library import library
 
-__all__ = ["add_normals"]
+__all__ = ["adder"]
 
 
-def add_normals(words: NDArray[np.uint64], eights: int, scale: float, values: NDArray[Any]) -> bool:
-    """Adds normals to `values` (N,), float32 or float64, side by side; N <= 14 eights.
+def adder(
+    words: NDArray[np.uint64], scale: float, values: NDArray[Any]
+) -> Callable[[int, int], None] | None:
+    """A function of `start` and `eights`; None where there is no kernel for it.
 
-    words  (16 eights,): random bits
-    scale  -2 times the variance of one of the eight that are added up
+    It adds 14 eights normals, made of the first 16 eights of `words`, to `values` (N,) from number
+    `start` on, float32 or float64, side by side; those beyond N are left out.
 
-    Returns whether there is a kernel that could.
+    words  random bits; what they are when the function is called counts
+    scale  the deviation of one of the eight that are added up
     """
     kernel = _call(values.dtype.name)
     if kernel is None:
-        return False
-    kernel(words.ctypes.data, eights, scale, values.ctypes.data, len(values))
-    return True
+        return None
+    source, target, size, count = (
+        words.ctypes.data,
+        values.ctypes.data,
+        values.itemsize,
+        len(values),
+    )
+
+    def add(start: int, eights: int) -> None:
+        kernel(source, eights, scale, target + size * start, count - start)
+
+    return add
 
 
 @lru_cache(maxsize=8)
 def _call(dtype: str) -> Any:
     found = library("normals")
-    if found is None or dtype not in ("float32", "float64"):
+    names = {"float32": "add_float", "float64": "add_double"}
+    if found is None or dtype not in names:
         return None
-    kernel = getattr(found, f"add_{dtype}")
+    kernel = getattr(found, names[dtype])
     many, at = ctypes.c_int64, ctypes.c_void_p
     kernel.argtypes, kernel.restype = [at, many, ctypes.c_double, at, many], None
     return kernel

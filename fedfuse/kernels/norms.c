@@ -17,7 +17,7 @@ enum { RUN = 64, SPAN = 4 * WIDTH }; /* SPAN sums are in registers at once */
 enum { SUM, SPREAD, PRODUCTS };      /* what is added up; see `term` */
 
 typedef struct {
-    int64_t records, places, channels, groups;
+    int64_t places, channels, groups;
 } Shape;
 
 static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -81,17 +81,22 @@ static void repeat(int64_t span, int64_t n, float *values) {
         values[k] = values[k - n];
 }
 
-/* Mean and 1 / deviation of each group of x, and y = (x - mean) / deviation * weight + bias.
-   mean and rstd are (records, groups). Returns 0, or 1 where memory is missing, as the others do. */
-int group_forward(const Shape *s, const float *x, const float *weight, const float *bias,
-                  double eps, float *y, float *mean, float *rstd) {
+/* Each function works on the records from `start` to before `stop`, and returns 0, or 1 where memory
+   is missing.
+
+   Mean and 1 / deviation of each group of x, and y = (x - mean) / deviation * weight + bias. mean and
+   rstd are (records, groups). */
+int group_forward(int64_t start, int64_t stop, const Shape *s, const float *x,
+                  const float *weight, const float *bias, double eps, float *y, float *mean,
+                  float *rstd) {
     int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
     float *work = calloc(5 * span, sizeof *work);
     double *sum = calloc(n, sizeof *sum), count = (double)s->places * each;
     float *part = work, *restrict middle = work + 2 * span, *restrict scale = work + 3 * span;
     float *restrict shift = work + 4 * span;
     int failed = !work || !sum;
-    for (int64_t i = 0; !failed && i < s->records; i++, x += size, y += size) {
+    x += start * size, y += start * size;
+    for (int64_t i = start; !failed && i < stop; i++, x += size, y += size) {
         memset(sum, 0, n * sizeof *sum);
         add_up(SUM, x, x, x, size, n, span, part, sum, NULL);
         for (int64_t k = 0; k < s->groups; k++) {
@@ -128,9 +133,9 @@ int group_forward(const Shape *s, const float *x, const float *weight, const flo
 
 /* From g, the gradient of y: each record's gradients of weight and bias, (records, channels) with
    `line` floats from record to record, and that of x, unless `back` is NULL. */
-int group_backward(const Shape *s, const float *g, const float *x, const float *mean,
-                   const float *rstd, const float *weight, float *back, float *by_weight,
-                   float *by_bias, int64_t line) {
+int group_backward(int64_t start, int64_t stop, const Shape *s, const float *g, const float *x,
+                   const float *mean, const float *rstd, const float *weight, float *back,
+                   float *by_weight, float *by_bias, int64_t line) {
     int64_t n = s->channels, each = n / s->groups, size = s->places * n, span = span_of(s);
     float *work = calloc(6 * span, sizeof *work);
     double *sums = calloc(2 * n, sizeof *sums), count = (double)s->places * each;
@@ -139,7 +144,9 @@ int group_backward(const Shape *s, const float *g, const float *x, const float *
     float *restrict middle = work + 5 * span;
     double *slope = sums, *product = sums + n;
     int failed = !work || !sums;
-    for (int64_t i = 0; !failed && i < s->records; i++, g += size, x += size, mean += s->groups,
+    g += start * size, x += start * size, by_weight += start * line, by_bias += start * line;
+    mean += start * s->groups, rstd += start * s->groups, back += back ? start * size : 0;
+    for (int64_t i = start; !failed && i < stop; i++, g += size, x += size, mean += s->groups,
                  rstd += s->groups, by_weight += line, by_bias += line) {
         memset(sums, 0, 2 * n * sizeof *sums);
         for (int64_t c = 0; c < n; c++)
@@ -179,15 +186,17 @@ int group_backward(const Shape *s, const float *g, const float *x, const float *
 }
 
 /* The same of a layer norm over the channels of each place; mean and rstd are (records, places). */
-int layer_backward(const Shape *s, const float *g, const float *x, const float *mean,
-                   const float *rstd, const float *weight, float *back, float *by_weight,
-                   float *by_bias, int64_t line) {
-    int64_t n = s->channels;
+int layer_backward(int64_t start, int64_t stop, const Shape *s, const float *g, const float *x,
+                   const float *mean, const float *rstd, const float *weight, float *back,
+                   float *by_weight, float *by_bias, int64_t line) {
+    int64_t n = s->channels, size = s->places * n;
     float *work = calloc(2 * n, sizeof *work);
     double *sums = calloc(2 * n, sizeof *sums);
     float *restrict first = work, *restrict second = work + n;
     int failed = !work || !sums;
-    for (int64_t i = 0; !failed && i < s->records; i++, by_weight += line, by_bias += line) {
+    g += start * size, x += start * size, by_weight += start * line, by_bias += start * line;
+    mean += start * s->places, rstd += start * s->places, back += back ? start * size : 0;
+    for (int64_t i = start; !failed && i < stop; i++, by_weight += line, by_bias += line) {
         memset(sums, 0, 2 * n * sizeof *sums);
         for (int64_t t = 0; t < s->places; t++, g += n, x += n, mean++, rstd++) {
             float m = *mean, r = *rstd, a = 0, b = 0;
@@ -219,17 +228,19 @@ int layer_backward(const Shape *s, const float *g, const float *x, const float *
     return failed;
 }
 
-/* The sums of g over places, with `line` floats from record to record; the numbers of the records that
-   are not zero throughout, counted from `start`, go to `heard`, and how many they are to `count`. */
-int place_sums(const Shape *s, const float *g, float *sums, int64_t line, int64_t start,
-               int64_t *heard, int64_t *count) {
+/* The sums of g over places, with `line` floats from record to record. Where `loud` is given, the
+   numbers of the records that are not zero throughout go there, from its place `start` on, and how
+   many they are to `count`. */
+int place_sums(int64_t start, int64_t stop, const Shape *s, const float *g, float *sums,
+               int64_t line, int64_t *loud, int64_t *count) {
     int64_t n = s->channels, size = s->places * n, span = span_of(s);
     float *part = calloc(2 * span, sizeof *part);
     double *sum = calloc(n, sizeof *sum);
     int failed = !part || !sum;
     *count = 0;
-    for (int64_t i = 0; !failed && i < s->records; i++, g += size, sums += line) {
-        int silent = 1;
+    g += start * size, sums += start * line;
+    for (int64_t i = start; !failed && i < stop; i++, g += size, sums += line) {
+        int silent = loud != NULL;
         memset(sum, 0, n * sizeof *sum);
         add_up(SUM, g, g, g, size, n, span, part, sum, NULL);
         for (int64_t c = 0; c < n; c++) {
@@ -238,8 +249,8 @@ int place_sums(const Shape *s, const float *g, float *sums, int64_t line, int64_
         }
         for (int64_t k = 0; silent && k < size; k++) /* they may add up to zero */
             silent = g[k] == 0;
-        if (!silent)
-            heard[(*count)++] = start + i;
+        if (loud && !silent)
+            loud[start + (*count)++] = i;
     }
     free(part);
     free(sum);

@@ -4,7 +4,7 @@ the CPU."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,7 @@ _WORK = 8
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("records", "places", "channels", "groups")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("places", "channels", "groups")]
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -38,53 +38,51 @@ def fits(*tensors: Tensor) -> bool:
 
 def group_forward(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean (B, G), 1 / deviation (B, G)) of pictures x (B, C, H, W), channels last.
+) -> tuple[Tensor, Tensor]:
+    """(y, (2, B, G): mean and 1 / deviation) of pictures x (B, C, H, W), channels last.
 
     weight, bias  (C,)
 
     Raises MemoryError.
     """
-    y = torch.empty_like(x)
-    mean, rstd = x.new_empty((2, len(x), groups))
-    weight, bias = weight.contiguous(), bias.contiguous()
     records, channels, height, width = x.shape
-    call, whole = _call("group_forward"), (weight.data_ptr(), bias.data_ptr(), eps)
-    seen, made = _lines(x), tuple(map(_lines, (y, mean, rstd)))
-
-    def run(start: int, stop: int) -> int:
-        shape = _Shape(stop - start, height * width, channels, groups)
-        return int(call(shape, *_from(start, [seen]), *whole, *_from(start, made)))
-
-    shared(run, records, x.numel() * _WORK)
-    return y, mean, rstd
+    y, moments = torch.empty_like(x), x.new_empty((2, records, groups))
+    weight, bias = weight.contiguous(), bias.contiguous()
+    given = (
+        _Shape(height * width, channels, groups), x.data_ptr(), weight.data_ptr(),
+        bias.data_ptr(), eps, y.data_ptr(), *_both(moments),
+    )  # fmt: skip
+    _share("group_forward", given, records, x.numel() * _WORK)
+    return y, moments
 
 
 def group_backward(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, out: Sequence[Room], *,
-    back: bool,
-) -> Tensor | None:  # fmt: skip
+    g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, out: Sequence[Room], *, back: bool
+) -> Tensor | None:
     """The gradient of x, or None, from g, that of y; those of each record's weight and bias go to
     the two of `out`, (B, C), with as many floats from row to row.
 
-    g, x  (B, C, H, W), channels last
-    back  whether the gradient of x is wanted
+    g, x     (B, C, H, W), channels last
+    moments  as `group_forward` gives them
+    back     whether the gradient of x is wanted
 
     Raises MemoryError.
     """
     _, channels, height, width = x.shape
-    sizes = (height * width, channels, mean.shape[1])
-    return _backward("group_backward", g, x, mean, rstd, weight, sizes, out, back=back)
+    shape = _Shape(height * width, channels, moments.shape[2])
+    return _backward("group_backward", shape, g, x, _both(moments), weight, out, back=back)
 
 
 def layer_backward(
     g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, out: Sequence[Room], *,
     back: bool,
 ) -> Tensor | None:  # fmt: skip
-    """As `group_backward`, of a layer norm over the last dimension of x (B, ..., C)."""
+    """As `group_backward`, of a layer norm over the last dimension of x (B, ..., C); mean and rstd
+    (B, ..., 1) are as torch gives them."""
     channels = x.shape[-1]
-    sizes = (x.numel() // max(1, len(x) * channels), channels, 1)
-    return _backward("layer_backward", g, x, mean, rstd, weight, sizes, out, back=back)
+    shape = _Shape(x.numel() // max(1, len(x) * channels), channels, 1)
+    moments = (mean.data_ptr(), rstd.data_ptr())
+    return _backward("layer_backward", shape, g, x, moments, weight, out, back=back)
 
 
 def can_add_up(g: Tensor) -> bool:
@@ -94,62 +92,57 @@ def can_add_up(g: Tensor) -> bool:
     return g.dim() == 3 and g.is_contiguous() and fits(g)
 
 
-def place_sums(g: Tensor, out: Room) -> Tensor:
+def place_sums(g: Tensor, out: Room, *, listen: bool = True) -> Tensor | None:
     """Writes the sums of g over its places to `out`, (B, C); returns which records (n,), in their
-    order, are not zero throughout.
+    order, are not zero throughout, or None where `listen` says that nobody wants to know.
 
     g  (B, T, C), or pictures (B, C, H, W) with their channels last
 
     Raises MemoryError.
     """
-    channels = g.shape[2 if g.dim() == 3 else 1]
-    places = g.numel() // max(1, len(g) * channels)
-    heard = torch.empty(len(g), dtype=torch.int64)
-    (at, step), numbers, call = _lines(g), heard.data_ptr(), _call("place_sums")
-    parts = []
+    records, channels = len(g), g.shape[2 if g.dim() == 3 else 1]
+    loud = torch.empty(records, dtype=torch.int64) if listen else None
+    shape = _Shape(g.numel() // max(1, records * channels), channels, 1)
+    numbers = None if loud is None else loud.data_ptr()
+    given = (shape, g.data_ptr(), out.at, out.line, numbers)
+    parts: list[tuple[int, int]] = []
+    call = _call("place_sums")
 
     def run(start: int, stop: int) -> int:
-        shape, count = _Shape(stop - start, places, channels, 1), ctypes.c_int64()
-        sums, mine = out.at + 4 * out.line * start, numbers + 8 * start
-        failed = int(call(shape, at + step * start, sums, out.line, start, mine, count))
-        parts.append((start, start + count.value))
+        found = ctypes.c_int64()
+        failed = int(call(start, stop, *given, found))
+        parts.append((start, start + found.value))
         return failed
 
-    shared(run, len(g), g.numel())
-    if len(parts) == 1:
-        return heard[: parts[0][1]]
-    return torch.cat([heard[start:stop] for start, stop in sorted(parts)])
+    shared(run, records, g.numel())
+    if loud is None or len(parts) == 1:
+        return loud if loud is None else loud[: parts[0][1]]
+    return torch.cat([loud[start:stop] for start, stop in sorted(parts)])
 
 
 def _backward(
-    name: str, g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-    sizes: tuple[int, int, int], out: Sequence[Room], *, back: bool,
+    name: str, shape: _Shape, g: Tensor, x: Tensor, moments: tuple[int, int], weight: Tensor,
+    out: Sequence[Room], *, back: bool,
 ) -> Tensor | None:  # fmt: skip
     by_x = torch.empty_like(x) if back else None
-    by_weight, by_bias = out
+    weight, (by_weight, by_bias) = weight.contiguous(), out
     assert by_weight.line == by_bias.line
-    line, step = by_weight.line, 4 * by_weight.line
-    weight = weight.contiguous()
-    at, call = weight.data_ptr(), _call(name)
-    before = tuple(map(_lines, (g, x, mean, rstd)))
-    after = ((None, 0) if by_x is None else _lines(by_x), (by_weight.at, step), (by_bias.at, step))
-
-    def run(start: int, stop: int) -> int:
-        shape = _Shape(stop - start, *sizes)
-        return int(call(shape, *_from(start, before), at, *_from(start, after), line))
-
-    shared(run, len(x), x.numel() * _WORK)
+    given = (
+        shape, g.data_ptr(), x.data_ptr(), *moments, weight.data_ptr(),
+        None if by_x is None else by_x.data_ptr(), by_weight.at, by_bias.at, by_weight.line,
+    )  # fmt: skip
+    _share(name, given, len(x), x.numel() * _WORK)
     return by_x
 
 
-def _lines(x: Tensor) -> tuple[int, int]:
-    """Where x is, and how many bytes from record to record."""
-    return x.data_ptr(), 4 * x.stride(0)
+def _both(moments: Tensor) -> tuple[int, int]:
+    at = moments.data_ptr()
+    return at, at + 2 * moments.numel()  # half of them, of four bytes each
 
 
-def _from(start: int, lines: Iterable[tuple[int | None, int]]) -> list[int | None]:
-    """Where each begins from record `start` on."""
-    return [None if at is None else at + start * step for at, step in lines]
+def _share(name: str, given: tuple[Any, ...], records: int, work: int) -> None:
+    call = _call(name)
+    shared(lambda start, stop: int(call(start, stop, *given)), records, work)
 
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
@@ -157,12 +150,12 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "group_forward": [*[_POINTER] * 3, ctypes.c_double, *[_POINTER] * 3],
     "group_backward": [*[_POINTER] * 8, _NUMBER],
     "layer_backward": [*[_POINTER] * 8, _NUMBER],
-    "place_sums": [*[_POINTER] * 2, *[_NUMBER] * 2, _POINTER, ctypes.POINTER(_NUMBER)],
+    "place_sums": [*[_POINTER] * 2, _NUMBER, _POINTER, ctypes.POINTER(_NUMBER)],
 }
 
 
 @lru_cache(maxsize=4)
 def _call(name: str) -> Any:
     kernel = getattr(library("norms"), name)
-    kernel.argtypes = [ctypes.POINTER(_Shape), *_ARGUMENTS[name]]
+    kernel.argtypes = [_NUMBER, _NUMBER, ctypes.POINTER(_Shape), *_ARGUMENTS[name]]
     return kernel

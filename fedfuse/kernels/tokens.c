@@ -21,8 +21,9 @@ static double square(const float *row, int64_t width) {
     return total;
 }
 
-/* The squared norm of each record. Returns 0, or 1 where memory is missing. */
-int token_squares(int64_t records, int64_t places, int64_t width, const int64_t *ids,
+/* The squared norms of the records from `start` to before `stop`. Returns 0, or 1 where memory is
+   missing. */
+int token_squares(int64_t start, int64_t stop, int64_t places, int64_t width, const int64_t *ids,
                   const float *g, float *squares) {
     uint64_t slots = 4; /* of a table of the tokens seen, half of it empty at least */
     while (slots < 2 * (uint64_t)places)
@@ -30,7 +31,8 @@ int token_squares(int64_t records, int64_t places, int64_t width, const int64_t 
     int64_t *seen = malloc(slots * sizeof *seen); /* at which place first, or -1 */
     float *sums = malloc((places * width + 1) * sizeof *sums);
     int failed = !seen || !sums;
-    for (int64_t i = 0; !failed && i < records; i++, ids += places, g += places * width) {
+    ids += start * places, g += start * places * width;
+    for (int64_t i = start; !failed && i < stop; i++, ids += places, g += places * width) {
         double total = 0;
         memset(seen, -1, slots * sizeof *seen);
         for (int64_t t = 0; t < places; t++) {

@@ -28,20 +28,14 @@ def token_squares(ids: Tensor, g: Tensor) -> Tensor:
     """
     records, places, width = g.shape
     squares = torch.empty(records)
+    given = (places, width, ids.data_ptr(), g.data_ptr(), squares.data_ptr())
     call = _call()
-    at, rows, found = ids.data_ptr(), g.data_ptr(), squares.data_ptr()
-
-    def run(start: int, stop: int) -> int:
-        first = start * places
-        sizes = (stop - start, places, width)
-        return int(call(*sizes, at + 8 * first, rows + 4 * first * width, found + 4 * start))
-
-    shared(run, records, g.numel())
+    shared(lambda start, stop: int(call(start, stop, *given)), records, g.numel())
     return squares
 
 
 @lru_cache(maxsize=1)
 def _call() -> Any:
     kernel = getattr(library("tokens"), "token_squares")  # noqa: B009 - the library is untyped
-    kernel.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 3]
+    kernel.argtypes = [*[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 3]
     return kernel

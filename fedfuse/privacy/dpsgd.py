@@ -8,7 +8,7 @@ its step, each for a reason:
 
     clipping  a record whose gradient is not finite counts as zero, so that one broken record
               neither stops the step nor escapes the bound
-    noise     from a ChaCha20 stream (see noise.py), not from torch's global generator
+    noise     from an AES-256 stream (see noise.py), not from torch's global generator
     divisor   the public expected batch size, never the number of records drawn
 
 A unit is what the promise is about: a record, or all drawn records of a subject, whose gradients
@@ -202,8 +202,8 @@ class PrivateOptimizer:
         """(P, U) factors for the norms (P, U) of each part of each unit; counts the unclipped."""
         bounds = norms.new_tensor([self.max_grad_norm * part.share for part in self.parts])
         factors = clip_factors(norms, bounds[:, None])
-        # A unit that is broken in one part counts as zero in all.
-        factors = torch.where(factors.gt(0).all(0), factors, 0.0)
+        if len(self.parts) > 1:  # a unit that is broken in one part counts as zero in all
+            factors = torch.where(factors.gt(0).all(0), factors, 0.0)
         if self.count_noise:
             below = factors.ge(1).all(0)
             self._count += float(below.double().sum()) - 0.5 * below.numel()
@@ -257,7 +257,7 @@ def clip_factors(norms: Tensor, clip_norm: Tensor | float) -> Tensor:
     of some 1e-7; C is shrunk by 1e-6 so that no contribution exceeds it.
     """
     factors = (clip_norm * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, 0.0)
+    return factors.nan_to_num_(nan=0.0)  # C / inf is 0 already
 
 
 def private_step(

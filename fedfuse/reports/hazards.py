@@ -365,6 +365,6 @@ def _randomness(facts: Facts) -> str:
             "the noise off, and then no figure here holds against them."
         )
     return (
-        "Sampling and noise come from ChaCha20 under secrets of the operating system, anew for "
+        "Sampling and noise come from AES-256 under secrets of the operating system, anew for "
         "each node and round; the seed of the model never reaches them."
     )

@@ -61,11 +61,11 @@ def _groups_agree(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         patch.setattr(threads_of, "_WORTH_SHARING", 0)
-        found, mean, rstd = norms.group_forward(x, groups, weight, bias, 1e-3)
-        grads = gradients(norms.group_backward, g, x, mean, rstd, weight, back=True)
-        less = gradients(norms.group_backward, g, x, mean, rstd, weight, back=False)
+        found, moments = norms.group_forward(x, groups, weight, bias, 1e-3)
+        grads = gradients(norms.group_backward, g, x, moments, weight, back=True)
+        less = gradients(norms.group_backward, g, x, moments, weight, back=False)
     # Roundings of x and of a mean count as many times as a deviation goes into one.
-    raised = max(1.0, float(x.abs().max() * rstd.max()))
+    raised = max(1.0, float(x.abs().max() * moments[1].max()))
     assert_near(found, y.detach(), raised)
     for mine, wanted in zip(grads, true, strict=True):
         assert mine is not None
@@ -116,7 +116,7 @@ def test_long_sums_keep_their_digits(level: str, places: int) -> None:
     torch.manual_seed(0)
     x = (torch.randn(2, 3, 1, places) + 100).contiguous(memory_format=torch.channels_last)
     ones = torch.ones(3)
-    _, mean, rstd = norms.group_forward(x, 3, ones, ones, 0.0)
+    _, (mean, rstd) = norms.group_forward(x, 3, ones, ones, 0.0)
     exact = x.double().flatten(2)
     assert torch.allclose(mean.double(), exact.mean(2), rtol=1e-7)
     assert torch.allclose(rstd.double(), exact.var(2, correction=0).rsqrt(), rtol=1e-5)
@@ -144,6 +144,7 @@ def _places_add_up(
         patch.setattr(threads_of, "_WORTH_SHARING", 0)
         loud = norms.place_sums(g, Room.of(out[:, 2:-3]))
     assert_near(out[:, 2:-3], true, shape[2] * shape[3])
+    assert loud is not None
     assert loud.tolist() == list(range(int(silent), shape[0]))
     assert bool((out[:, :2] == 7).all())
     assert bool((out[:, -3:] == 7).all())
@@ -160,7 +161,9 @@ def test_a_record_is_silent_where_all_its_numbers_are_zero(level: str) -> None:
     g = g.contiguous(memory_format=torch.channels_last)
     for some in (g, g[0:0], g.permute(0, 2, 3, 1).flatten(1, 2)):
         loud = norms.place_sums(some, Room.of(torch.empty(len(some), 3)))
+        assert loud is not None
         assert loud.tolist() == ([0, 2, 5] if len(some) else [])
+        assert norms.place_sums(some, Room.of(torch.empty(len(some), 3)), listen=False) is None
 
 
 def test_sums_of_other_layouts_are_left_to_torch(level: str) -> None:
@@ -179,10 +182,10 @@ def test_a_record_that_is_not_finite_touches_no_other(level: str, broken: float)
     x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
     ones = torch.ones(8)
     clean = norms.group_forward(x, 2, ones, ones, 1e-5)
-    whole = gradients(norms.group_backward, g, x, *clean[1:], ones, back=True)
+    whole = gradients(norms.group_backward, g, x, clean[1], ones, back=True)
     x[1, 3, 2, 2] = broken
-    y, mean, rstd = norms.group_forward(x, 2, ones, ones, 1e-5)
-    grads = gradients(norms.group_backward, g, x, mean, rstd, ones, back=True)
+    y, moments = norms.group_forward(x, 2, ones, ones, 1e-5)
+    grads = gradients(norms.group_backward, g, x, moments, ones, back=True)
     assert not bool(torch.isfinite(grads[1][1]).all())
     for found, true in zip((y, *grads), (clean[0], *whole), strict=True):
         assert found is not None

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import nn
 
 from fedfuse.privacy import noise
@@ -94,6 +95,28 @@ def test_unseeded_secrets_never_repeat() -> None:
 def test_a_stream_goes_on_and_does_not_start_again() -> None:
     stream = NoiseStream(bytes(32), "noise")
     assert not torch.equal(stream.normal(50, 1.0), stream.normal(50, 1.0))
+
+
+@pytest.mark.parametrize("start", [0, 1, 15, 16, 2**36 - 37, 2**68 - 8, 10**20])
+def test_words_are_encrypted_counters(start: int) -> None:
+    """From any byte on, also beyond 32 and 64 bits of counter, and for more than a block."""
+    key, count = bytes(range(32)), 2 * len(noise._ZEROS) // 8 + 3
+    numbers = range(start // 16, (start + 8 * count) // 16 + 1)
+    counters = b"".join(number.to_bytes(16, "big") for number in numbers)
+    encrypted = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(counters)
+    found = noise._Source(key, start).words(count).astype("<u8").tobytes()
+    assert found == encrypted[start % 16 :][: 8 * count]
+
+
+def test_words_are_those_of_the_standard() -> None:
+    """NIST SP 800-38A, appendix F.5.5: the output blocks of AES-256 in counter mode."""
+    key = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+    first = int("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff", 16)
+    found = noise._Source(key, 16 * first).words(8).astype("<u8").tobytes().hex()
+    assert found == (
+        "0bdf7df1591716335e9a8b15c860c5025a6e699d536119065433863c8f657b94"
+        "1bc12c9c01610d5d0d8bd6a3378eca622956e1c8693536b1bee99c73a31576b6"
+    )
 
 
 def test_several_threads_make_the_same_noise_and_go_on_after_it() -> None:

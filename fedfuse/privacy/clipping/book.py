@@ -8,9 +8,10 @@ reduction and one product together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import groupby
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,14 @@ class Entry(Protocol):
         ...
 
 
+class _Run(NamedTuple):
+    """Neighbours in the slab that are of one part."""
+
+    part: int
+    columns: slice
+    places: list[int]
+
+
 class Book:
     """One pass over B records. Made once for a model; `open` clears it."""
 
@@ -98,6 +107,8 @@ class Book:
         self._width = stop
         self._kept: Tensor | None = None
         self._now: Tensor | None = None
+        self._parts: Sequence[Sequence[int]] = ()
+        self._arrangement: tuple[dict[int, int], list[_Run]] = ({}, [])
 
     def open(self, rows: int) -> None:
         """Begins a pass over `rows` records."""
@@ -235,11 +246,11 @@ class Book:
 
     def _slab(self) -> Tensor | None:
         """(B, S), zero for parameters that the pass did not reach."""
-        if not self._width or not any(place in self._columns for place in self._written):
+        missing = self._columns.keys() - self._written
+        if len(missing) == len(self._columns):
             return None
-        for place in self._columns:
-            if place not in self._written:
-                self.room(place).zero_()
+        for place in missing:
+            self.room(place).zero_()
         return self._rows_of_slab()
 
     def squares(self, parts: Sequence[Sequence[int]], owners: Owners | None) -> Tensor:
@@ -250,7 +261,7 @@ class Book:
         like = self.parameters[0]
         units = self.rows if owners is None else owners.units
         table = like.new_zeros((len(parts), units))
-        part_of = {place: number for number, part in enumerate(parts) for place in part}
+        part_of, runs = self._arranged(parts)
         of_part = table.unbind()
         for entry, live in self._entries:
             found = entry.squares(None if owners is None else owners.only(live))
@@ -259,8 +270,8 @@ class Book:
             self._add_up(owners)
         slab = self._slab()
         if slab is not None:
-            for number, columns in self._runs(part_of):
-                of_part[number].add_(_squares(slab[:units, columns]))
+            for run in runs:
+                of_part[run.part].add_(_squares(slab[:units, run.columns]))
         for place, (grads, live) in self._large.items():
             known = self._found.get(place)
             _add(of_part[part_of[place]], _squares(grads) if known is None else known, live)
@@ -278,16 +289,17 @@ class Book:
         for place, (grads, live) in self._large.items():
             self._large[place] = (whole(grads, live), None)
 
-    def _runs(self, part_of: dict[int, int]) -> Iterator[tuple[int, slice]]:
-        """(part, columns) of neighbouring slab columns of one part."""
-        start, number = 0, -1
-        for place, columns in self._columns.items():
-            if part_of[place] != number:
-                if columns.start > start:
-                    yield number, slice(start, columns.start)
-                start, number = columns.start, part_of[place]
-        if self._width > start:
-            yield number, slice(start, self._width)
+    def _arranged(self, parts: Sequence[Sequence[int]]) -> tuple[dict[int, int], list[_Run]]:
+        """Which part a place is in, and the slab by parts; made once, while parts stay the same."""
+        if parts != self._parts:
+            part_of = {place: number for number, part in enumerate(parts) for place in part}
+            runs = []
+            for part, some in groupby(self._columns, part_of.__getitem__):
+                places = list(some)
+                columns = slice(self._columns[places[0]].start, self._columns[places[-1]].stop)
+                runs.append(_Run(part, columns, places))
+            self._parts, self._arrangement = parts, (part_of, runs)
+        return self._arrangement
 
     def add_sums(
         self,
@@ -303,15 +315,15 @@ class Book:
         units = factors.shape[1]
         broken = (factors == 0).any(0)
         any_broken = bool(broken.any())
-        part_of = {place: number for number, part in enumerate(parts) for place in part}
+        part_of, runs = self._arranged(parts)
         of_part = factors.unbind()
         slab = self._slab()
         if slab is not None:
             slab = slab[:units]
             if any_broken:
                 slab[broken] = 0
-            for number, columns in self._runs(part_of):
-                self._add_columns(of_part[number] @ slab[:, columns], columns, sums)
+            for run in runs:
+                self._add_columns(run.places, of_part[run.part] @ slab[:, run.columns], sums)
         for place, (grads, live) in self._large.items():
             mine = of_part[part_of[place]]
             if any_broken:
@@ -329,9 +341,8 @@ class Book:
             lost = _some(broken, live) if any_broken else None
             entry.add_sum(mine, lost, sums[entry.place])
 
-    def _add_columns(self, total: Tensor, columns: slice, sums: Sequence[Tensor]) -> None:
-        """Adds `total`, of some columns of the slab, to the sums of their parameters."""
-        places = [p for p, c in self._columns.items() if columns.start <= c.start < columns.stop]
+    def _add_columns(self, places: Sequence[int], total: Tensor, sums: Sequence[Tensor]) -> None:
+        """Adds `total`, of these places' columns, to their sums."""
         parts = list(total.split([self.parameters[place].numel() for place in places]))
         for i, place in enumerate(places):
             if self._order.get(place) is not None:

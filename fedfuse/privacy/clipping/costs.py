@@ -15,7 +15,7 @@ from functools import lru_cache
 
 __all__ = ["SMALL", "gram_is_cheaper"]
 
-SMALL = 4096
+SMALL = 2048
 """Weights of at most so many numbers are instantiated into one slab with the others."""
 
 _WRITTEN = 36.0

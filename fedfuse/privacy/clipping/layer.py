@@ -127,24 +127,23 @@ class Layer(ABC):
         modality has zero gradients throughout that modality's encoder: its share of the work can
         be left out, and the result is the same number.
         """
-        loud = self._add_up(g) if norms.can_add_up(g) else self._sum(g)
-        if loud is None or (len(g) - len(loud)) * 4 < len(g):
-            return None
-        return loud if g.numel() >= _WORTH_A_LOOK else None
+        look = g.numel() >= _WORTH_A_LOOK
+        loud = (self._add_up if norms.can_add_up(g) else self._sum)(g, look)
+        return None if loud is None or (len(g) - len(loud)) * 4 < len(g) else loud
 
-    def _add_up(self, g: Tensor) -> Tensor:
+    def _add_up(self, g: Tensor, look: bool) -> Tensor | None:
         rooms = self.claim("bias")
         if rooms is not None:
-            return norms.place_sums(g, rooms[0])
+            return norms.place_sums(g, rooms[0], listen=look)
         sums = g.new_empty((len(g), g.shape[2 if g.dim() == 3 else 1]))
-        loud = norms.place_sums(g, Room.of(sums))
+        loud = norms.place_sums(g, Room.of(sums), listen=look)
         self._emit_bias(sums)
         return loud
 
-    def _sum(self, g: Tensor) -> Tensor | None:
+    def _sum(self, g: Tensor, look: bool) -> Tensor | None:
         sums = g.sum(1 if g.dim() == 3 else (2, 3))
         self._emit_bias(sums)
-        if g.numel() < _WORTH_A_LOOK:
+        if not look:
             return None
         silent = torch.eq(sums, 0).all(1)
         return None if bool(g[silent].any()) else torch.nonzero(~silent).squeeze(1)

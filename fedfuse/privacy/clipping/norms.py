@@ -191,17 +191,16 @@ class _CompiledGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: GroupNormLayer) -> Tensor:
         m: Any = layer.module
-        y, mean, rstd = norms.group_forward(x, m.num_groups, m.weight, m.bias, m.eps)
+        y, moments = norms.group_forward(x, m.num_groups, m.weight, m.bias, m.eps)
         ctx.layer = layer
-        ctx.save_for_backward(x, mean, rstd)
+        ctx.save_for_backward(x, moments)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, mean, rstd = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
         back = ctx.needs_input_grad[0]
-        return ctx.layer.backward(norms.group_backward, g, x, mean, rstd, back=back)
+        return ctx.layer.backward(norms.group_backward, g, *ctx.saved_tensors, back=back)
 
 
 _WIDE = 8

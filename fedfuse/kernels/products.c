@@ -10,6 +10,7 @@
    float32 as by any BLAS, squares are added up in float64. */
 
 #include <float.h>
+#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -243,8 +244,9 @@ EACH_ROWS(KINDS)
 #define NAMES(R) {{far_one_##R, far_two_##R}, {near_one_##R, near_two_##R}},
 static void (*const blocks[ROWS][2][2])(const Block *, vec *) = {EACH_ROWS(NAMES)};
 
-/* So many numbers of a patch are cut into blocks: a run, or where runs are short, all. */
-static int64_t stretch(const Work *w) { return w->run >= ROWS / 2 ? w->run : w->patch; }
+/* So many numbers of a patch are cut into blocks: a run, or all, where runs are short: with too few
+   sums at once each waits for its last addition. */
+static int64_t stretch(const Work *w) { return w->run >= ROWS / 2 + 2 ? w->run : w->patch; }
 
 /* Through how many places the blocks of out go in all. */
 static int64_t turns(const Work *w, int64_t held) {
@@ -334,27 +336,58 @@ int weighted(const Pairs *pairs, const float *factors, float *out) {
     return failed;
 }
 
-/* The totals of WIDTH registers, side by side. What is left of each, 2 h lanes, is folded to h: those
-   of register k, then those of register k + h, and so on. */
-#define LANE(h, k) ((k) / (h) % 2 * WIDTH + (k) / (2 * (h)) * 2 * (h) + (k) % (h))
-#define FOUR(h, k, at) LANE(h, k) + at, LANE(h, k + 1) + at, LANE(h, k + 2) + at, LANE(h, k + 3) + at
+/* The totals of WIDTH registers, side by side: two registers are added up to one, again and again,
+   first within each four lanes, until one lane is left of each. */
+#define ONES(k) k, k + WIDTH, k + 1, k + 1 + WIDTH
+#define TWOS(k) k, k + 1, k + WIDTH, k + 1 + WIDTH
+#define FOUR(k) k, k + 1, k + 2, k + 3
 #if WIDTH == 16
-#define LANES(h, at) FOUR(h, 0, at), FOUR(h, 4, at), FOUR(h, 8, at), FOUR(h, 12, at)
+#define ALL(F, k) F(k), F(k + 4), F(k + 8), F(k + 12)
+#define LAST(k) FOUR(k), FOUR(k + 8), FOUR(k + 16), FOUR(k + 24)
 #else
-#define LANES(h, at) FOUR(h, 0, at), FOUR(h, 4, at)
+#define ALL(F, k) F(k), F(k + 4)
+#define LAST(k) FOUR(k), FOUR(k + 8)
 #endif
-#define FOLD(h)                                                                                   \
-    for (int k = 0; k < h; k++)                                                                   \
-        v[k] = __builtin_shufflevector(v[k], v[k + h], LANES(h, 0)) +                             \
-               __builtin_shufflevector(v[k], v[k + h], LANES(h, h));
+#define SHUFFLE(...) __builtin_shufflevector(v[2 * k], v[2 * k + 1], __VA_ARGS__)
 static inline vec totals(vec *v) {
+    int k = 0;
+    for (; k < WIDTH / 2; k++)
+        v[k] = SHUFFLE(ALL(ONES, 0)) + SHUFFLE(ALL(ONES, 2));
+    for (k = 0; k < WIDTH / 4; k++)
+        v[k] = SHUFFLE(ALL(TWOS, 0)) + SHUFFLE(ALL(TWOS, 2));
 #if WIDTH == 16
-    FOLD(8)
+    for (k = 0; k < 2; k++)
+        v[k] = SHUFFLE(FOUR(0), FOUR(4), FOUR(16), FOUR(20)) +
+               SHUFFLE(FOUR(8), FOUR(12), FOUR(24), FOUR(28));
 #endif
-    FOLD(4)
-    FOLD(2)
-    FOLD(1)
-    return v[0];
+    k = 0;
+    return SHUFFLE(LAST(0)) + SHUFFLE(LAST(4));
+}
+
+/* The first n numbers, then zeros; no others are read. */
+static inline vec load(const float *from, int64_t n) {
+    if (n == WIDTH)
+        return *(const vec *)from;
+#if WIDTH == 16
+    return _mm512_maskz_loadu_ps((1 << n) - 1, from);
+#else
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+#endif
+}
+
+/* sum[i * TILE_J + j] += products of n numbers from k on, of row i of a and row j of b. */
+static inline __attribute__((always_inline)) void multiply(const float *const *a,
+                                                           const float *const *b, int64_t k,
+                                                           int64_t n, vec *sum) {
+    vec y[TILE_J];
+    for (int j = 0; j < TILE_J; j++)
+        y[j] = load(b[j] + k, n);
+    for (int i = 0; i < TILE_I; i++) {
+        vec x = load(a[i] + k, n);
+        for (int j = 0; j < TILE_J; j++)
+            sum[i * TILE_J + j] += x * y[j];
+    }
 }
 
 /* In lane i * TILE_J + j <row i of a, row j of b>; a row is `runs` of `length` floats, which begin
@@ -364,21 +397,11 @@ static inline __attribute__((always_inline)) vec dots(const float *const *a, con
                                                       const int64_t *offset) {
     vec sum[TILE_I * TILE_J] = {{0}};
     for (int64_t r = 0; r < runs; r++) {
-        int64_t k = offset[r * length], whole = k + length / WIDTH * WIDTH, stop = k + length;
-        for (; k < whole; k += WIDTH) {
-            vec y[TILE_J];
-            for (int j = 0; j < TILE_J; j++)
-                y[j] = *(const vec *)(b[j] + k);
-            for (int i = 0; i < TILE_I; i++) {
-                vec z = *(const vec *)(a[i] + k);
-                for (int j = 0; j < TILE_J; j++)
-                    sum[i * TILE_J + j] += z * y[j];
-            }
-        }
-        for (; k < stop; k++)
-            for (int i = 0; i < TILE_I; i++)
-                for (int j = 0; j < TILE_J; j++)
-                    sum[i * TILE_J + j][0] += a[i][k] * b[j][k];
+        int64_t k = offset[r * length], stop = k + length;
+        for (; k + WIDTH <= stop; k += WIDTH)
+            multiply(a, b, k, WIDTH, sum);
+        if (k < stop)
+            multiply(a, b, k, stop - k, sum);
     }
     return totals(sum);
 }
@@ -402,9 +425,12 @@ int gram(const Pairs *pairs, float *squares) {
         for (int64_t i = 0; i < w.places; i += TILE_I)
             for (int64_t j = i; j < w.places; j += TILE_J) {
                 const float *ai[TILE_I], *bi[TILE_I], *aj[TILE_J], *bj[TILE_J];
-                for (int k = 0; k < 2; k++)
-                    for (const char *stop = w.soon[k] + w.step; w.soon[k] < stop; w.soon[k] += CACHE_LINE)
-                        __builtin_prefetch(w.soon[k]);
+                for (int64_t at = 0; at < w.step; at += CACHE_LINE) {
+                    __builtin_prefetch(w.soon[0] + at);
+                    __builtin_prefetch(w.soon[1] + at);
+                }
+                w.soon[0] += w.step;
+                w.soon[1] += w.step;
                 for (int k = 0; k < TILE_I; k++) {
                     int64_t t = i + k < w.places ? i + k : i;
                     ai[k] = w.a + w.base[t];
@@ -420,10 +446,11 @@ int gram(const Pairs *pairs, float *squares) {
                 ints below = down + (int)(i - j), inside = across < (int)(w.places - j);
                 ints equal = (below == across) & inside, above = (below < across) & inside;
                 for (int k = 0; j < i + TILE_I && k < WIDTH; k++)
-                    if (equal[k])
+                    if (equal[k]) /* |a_t|^2 |g_t|^2 */
                         reached += sqrtf(fmaxf(both[k], 0));
+                /* <a_t, a_u> is <a_u, a_t>: where t < u it is taken twice, elsewhere not. */
                 both = (vec)((ints)both & (above | equal));
-                both += (vec)((ints)both & above); /* <a_t, a_u> is <a_u, a_t>: taken once, as two */
+                both += (vec)((ints)both & above);
                 sum += __builtin_convertvector(both, wide_vec);
             }
         for (int k = 0; k < WIDTH; k++)

@@ -192,6 +192,36 @@ FAULTS = (
     ),
     Fault(
         line=4,
+        name="kernel-equal-tokens-by-themselves",
+        file="fedfuse/kernels/tokens.c",
+        old="ids[seen[slot]] != ids[t]",
+        new="seen[slot] != t",
+        tests=(
+            "tests/kernels/test_tokens.py::test_rows_of_equal_tokens_are_added_up_first",
+            f"{BOOK}test_equal_tokens_of_long_texts_share_a_row",
+        ),
+    ),
+    Fault(
+        line=4,
+        name="kernel-cancelling-records-left-out",
+        file="fedfuse/kernels/norms.c",
+        old="silent = g[k] == 0;",
+        new="silent = g[k] == g[k];",
+        tests=(
+            "tests/kernels/test_norms.py::test_a_record_is_silent_where_all_its_numbers_are_zero",
+            f"{BOOK}test_a_row_whose_gradients_cancel_is_not_left_out",
+        ),
+    ),
+    Fault(
+        line=4,
+        name="kernel-norms-of-another-record",
+        file="fedfuse/kernels/norms.c",
+        old="by_weight[c] = product[c] * rstd[c / each];",
+        new="by_weight[c] = product[c] * rstd[c / each - (i > start ? s->groups : 0)];",
+        tests=("tests/kernels/test_norms.py::test_group_norm_is_that_of_autograd",),
+    ),
+    Fault(
+        line=4,
         name="rounding-down",
         file="fedfuse/privacy/clipping/linear.py",
         old="total.add_(slack)",

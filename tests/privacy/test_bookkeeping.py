@@ -244,6 +244,13 @@ def test_embedding_adds_up_equal_tokens(
     )
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("owners", [None, [0, 1, 1]])
+def test_equal_tokens_of_long_texts_share_a_row(way: str, owners: Any) -> None:
+    torch.manual_seed(0)
+    assert_exact(only(nn.Embedding(9, 3)), torch.randint(0, 9, (3, 40)), way, owners)
+
+
 @few
 @given(
     data=st.data(), way=st.sampled_from(["whole", "slab"]), dtype=dtypes, rows=rows,
@@ -380,20 +387,27 @@ def test_record_that_is_not_finite_takes_its_unit_with_it_and_no_other(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_without_a_gradient_are_left_out_exactly(way: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pictures", [True, False])
+def test_rows_without_a_gradient_are_left_out_exactly(
+    way: str, dtype: torch.dtype, pictures: bool
+) -> None:
     """Half the records lack the modality: their share of the work is skipped, the sum is not."""
     torch.manual_seed(0)
-    here = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)[:, None]
+    here = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0], dtype=dtype)[:, None]
 
     def run(net: Any, x: Tensor) -> Tensor:
-        h = net.second(net.first(x).tanh()).tanh().mean((2, 3))
-        seen = here[: len(x)] if len(x) > 1 else (x[:, :1, 0, 0] != 0).double()
+        h = net.second(net.first(x).tanh()).tanh()
+        h = h.mean((2, 3)) if pictures else h.mean(1)
+        seen = here[: len(x)] if len(x) > 1 else (x.flatten(1)[:, :1] != 0).to(dtype)
         return net.out(torch.where(seen > 0, h, torch.zeros_like(h)))
 
-    model = Net(
-        run, first=nn.Conv2d(2, 3, 3), second=nn.Conv2d(3, 8, 2), out=nn.Linear(8, 2)
-    ).double()
-    x = torch.randn(6, 2, 6, 6, dtype=torch.float64) * here[:, :, None, None]
+    first, second = (
+        (nn.Conv2d(2, 3, 3), nn.Conv2d(3, 8, 2)) if pictures else (nn.Linear(6, 5), nn.Linear(5, 8))
+    )
+    model = Net(run, first=first, second=second, out=nn.Linear(8, 2)).to(dtype)
+    x = torch.randn(6, *((2, 6, 6) if pictures else (9, 6)), dtype=dtype)
+    x = x * here.view(-1, *[1] * (x.dim() - 1))
     with mock.patch.object(layer, "_WORTH_A_LOOK", 0):
         for owners in (None, [0, 0, 1, 1, 2, 2]):
             assert_exact(model, x, way, owners)

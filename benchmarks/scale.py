@@ -9,8 +9,9 @@ twice the work: the slope of time over clients, in logarithms, should be 1, and 
 Two vectors, a model of some hundred parameters, unit "record": what is measured is the federation
 around the training, not the training. A second table doubles the rounds and the model instead.
 
-Time is the rounds' own, from the run folder; memory is the highest sum of the proportional set
-sizes of all processes, data preparation included.
+Time is the rounds' own, from the run folder: of all, and of one after the first, in which workers
+and what the run's end needs are got ready, whatever the number of clients. Memory is the
+highest sum of the proportional set sizes of all processes, data preparation included.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -46,11 +48,13 @@ class Found:
     size: Size
     whole: Measured
     rounds_s: float
+    later_s: float
+    """A round after the first, the first where there is no other."""
     parameters: int
 
 
-def run(size: Size, manifest: Path, out: Path, strategy: str) -> tuple[Measured, float, int]:
-    """One `fedfuse simulate`: the whole process, the seconds of its rounds, the parameters."""
+def run(size: Size, manifest: Path, out: Path, strategy: str) -> Found:
+    """One `fedfuse simulate`."""
     settings = {
         "model.dim": size.width,
         "model.head_width": size.width,
@@ -71,7 +75,15 @@ def run(size: Size, manifest: Path, out: Path, strategy: str) -> tuple[Measured,
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     whole = measure(command, env={"PYTHONPATH": path})
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    return whole, float(summary["seconds"]), int(summary["parameters"])
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [float(json.loads(line)["seconds"]) for line in lines]
+    return Found(
+        size=size,
+        whole=whole,
+        rounds_s=float(summary["seconds"]),
+        later_s=statistics.median(seconds[1:] or seconds),
+        parameters=int(summary["parameters"]),
+    )
 
 
 def slope(one: float, two: float, before: float, after: float) -> float:
@@ -85,7 +97,7 @@ def compare(sizes: list[Size], records: int, runs: int, strategy: str, folder: P
         clients: write_crowd(folder / f"crowd-{clients}", clients, records)
         for clients in {size.clients for size in sizes}
     }
-    found: dict[Size, list[tuple[Measured, float, int]]] = {size: [] for size in sizes}
+    found: dict[Size, list[Found]] = {size: [] for size in sizes}
     for number in range(runs):
         for place, size in enumerate(sizes):
             out = folder / f"run-{place}-{number}"
@@ -93,17 +105,19 @@ def compare(sizes: list[Size], records: int, runs: int, strategy: str, folder: P
             found[size].append(one)
             print(
                 f"{size.clients} clients, {size.rounds} rounds, width {size.width}: "
-                f"{one[1]:.1f} s of rounds, {one[0].wall_s:.1f} s in all, "
-                f"{one[0].cpu_s:.1f} s CPU, {one[0].pss_mb:.0f} MB, load before {one[0].load:.1f}",
+                f"{one.rounds_s:.1f} s of rounds, {one.later_s:.1f} s a later one, "
+                f"{one.whole.wall_s:.1f} s in all, {one.whole.cpu_s:.1f} s CPU, "
+                f"{one.whole.pss_mb:.0f} MB, load before {one.whole.load:.1f}",
                 file=sys.stderr,
                 flush=True,
             )
     return [
         Found(
             size=size,
-            whole=medians([one[0] for one in some]),
-            rounds_s=sorted(one[1] for one in some)[len(some) // 2],
-            parameters=some[0][2],
+            whole=medians([one.whole for one in some]),
+            rounds_s=statistics.median(one.rounds_s for one in some),
+            later_s=statistics.median(one.later_s for one in some),
+            parameters=some[0].parameters,
         )
         for size, some in found.items()
     ]
@@ -112,22 +126,24 @@ def compare(sizes: list[Size], records: int, runs: int, strategy: str, folder: P
 def table(found: list[Found], about: str) -> None:
     """One line a size, each with the slopes from the line before."""
     print(
-        "| clients | rounds | parameters | rounds, s | ms CPU a client and round | slope of time "
-        "| slope of CPU | peak memory MB | processes |"
+        "| clients | rounds | parameters | rounds, s | a later one, s | ms CPU a client and round "
+        "| slope of rounds | of a later one | of CPU | peak memory MB | processes |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     before: Found | None = None
     for one in found:
         size = one.size
-        times = cpu = ""
+        times = later = cpu = ""
         if before is not None:
             span = getattr(before.size, about), getattr(size, about)
             times = f"{slope(before.rounds_s, one.rounds_s, *span):.2f}"
+            later = f"{slope(before.later_s, one.later_s, *span):.2f}"
             cpu = f"{slope(before.whole.cpu_s, one.whole.cpu_s, *span):.2f}"
         each = 1000 * one.whole.cpu_s / (size.clients * size.rounds)
         print(
             f"| {size.clients} | {size.rounds} | {one.parameters} | {one.rounds_s:.1f} "
-            f"| {each:.1f} | {times} | {cpu} | {one.whole.pss_mb:.0f} | {one.whole.processes} |"
+            f"| {one.later_s:.2f} | {each:.1f} | {times} | {later} | {cpu} "
+            f"| {one.whole.pss_mb:.0f} | {one.whole.processes} |"
         )
         before = one
     print()

@@ -307,7 +307,7 @@ class Book:
                 places = list(some)
                 columns = slice(self._columns[places[0]].start, self._columns[places[-1]].stop)
                 runs.append(_Run(part, columns, places))
-            self._parts, self._arrangement = parts, (part_of, runs)
+            self._parts, self._arrangement = [tuple(part) for part in parts], (part_of, runs)
         return self._arrangement
 
     def add_sums(

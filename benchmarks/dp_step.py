@@ -3,6 +3,7 @@
     python benchmarks/dp_step.py                                  # all of it, some ten minutes
     python benchmarks/dp_step.py --models conv --batches 32 128 --ways plain bookkeeping
     python benchmarks/dp_step.py --wall --ways bookkeeping ahead
+    python benchmarks/dp_step.py --device cuda --batches 256 512 2048
 
 A plain step is forward, backward, optimizer; a private one also clips, sums, adds noise and
 divides. All ways take the same model and batch, in turn in one process on one thread, `--repeat`
@@ -11,6 +12,7 @@ the machine does counts less; the ratio is of medians, and the ratio of minima s
 With `--wall` they are seconds on the clock, of plain steps too: for `ahead`, which takes a second
 core beside torch's one thread, and gains nothing where that has work. `--threads`: torch's own.
 Memory is the peak of resident memory above model and batch, each way in a process of its own.
+On a GPU a step is over when the GPU is done, times are seconds on the clock, memory is the card's.
 
     bookkeeping, hooks   fedfuse with privacy.clipping set so; noise from its stream cipher
     ahead                book-keeping with the noise made on another core during the step
@@ -43,11 +45,13 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from fedfuse.batch import Batch, Kind, Modality, Schema, Target, TargetKind
+from fedfuse.errors import ModelError
 from fedfuse.models.model import build_model
 from fedfuse.models.spec import EncoderConfig, ModelConfig
 from fedfuse.privacy.dpsgd import PrivateOptimizer, prepare, private_step
 from fedfuse.privacy.noise import NoiseStream
 from fedfuse.tasks import Task
+from fedfuse.train import pick_device
 
 IMAGE = Modality(name="image", kind=Kind.IMAGE, shape=(3, 32, 32))
 AUDIO = Modality(name="audio", kind=Kind.AUDIO, shape=(40, 64))
@@ -76,7 +80,7 @@ SIGMA, C, RATE = 1.0, 1.0, 0.01
 VOCABULARY = 4096
 
 
-def made(name: str, rows: int) -> tuple[nn.Module, Batch, Task]:
+def made(name: str, rows: int, device: torch.device) -> tuple[nn.Module, Batch, Task]:
     """A model with its first weights, and a batch in which a fifth of each modality is missing."""
     modalities, config = MODELS[name]
     target = Target(kind=TargetKind.CLASSIFICATION, classes=tuple("abcdefghij"))
@@ -93,7 +97,8 @@ def made(name: str, rows: int) -> tuple[nn.Module, Batch, Task]:
         inputs[modality.name] = torch.where(mask, value, torch.zeros_like(value))
         present[modality.name] = here
     batch = Batch(inputs, present, torch.randint(0, 10, (rows,), generator=rng))
-    return build_model(schema, config, vocabulary=VOCABULARY), batch, Task.of(target)
+    model = build_model(schema, config, vocabulary=VOCABULARY)
+    return model.to(device), batch.to(device), Task.of(target)
 
 
 class Tensors(nn.Module):
@@ -110,7 +115,7 @@ class Tensors(nn.Module):
             Batch(
                 dict(zip(self.names, inputs, strict=True)),
                 dict(zip(self.names, (p > 0 for p in present), strict=True)),
-                torch.zeros(len(inputs[0])),
+                torch.zeros(len(inputs[0]), device=inputs[0].device),
             )
         )
 
@@ -119,9 +124,12 @@ def tensors_of(batch: Batch) -> tuple[Tensor, ...]:
     return (*batch.inputs.values(), *(p.float() for p in batch.present.values()))
 
 
-def step_of(way: str, name: str, rows: int) -> Callable[[], None]:
+CPU = torch.device("cpu")
+
+
+def step_of(way: str, name: str, rows: int, device: torch.device = CPU) -> Callable[[], None]:
     """One whole step, to be called again and again."""
-    model, batch, task = made(name, rows)
+    model, batch, task = made(name, rows, device)
     sgd = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
 
     def plain() -> None:
@@ -136,7 +144,10 @@ def step_of(way: str, name: str, rows: int) -> Callable[[], None]:
         ready = prepare(model, "hooks" if way == "hooks" else "bookkeeping")
         private = PrivateOptimizer(
             fused, noise_multiplier=SIGMA, clip_norm=C, expected_batch=rows,
-            stream=NoiseStream(os.urandom(32), "noise", idle=1 if way == "ahead" else 0),
+            stream=NoiseStream(
+                os.urandom(32), "noise", threads=torch.get_num_threads(),
+                idle=1 if way == "ahead" else 0,
+            ),
         )  # fmt: skip
         return lambda: private_step(ready, private, batch, task.loss, physical_batch=rows)
     common = {"noise_multiplier": SIGMA, "max_grad_norm": C, "expected_batch_size": rows}
@@ -196,15 +207,22 @@ def _by_vmap(
     return by_vmap
 
 
-def peak(way: str, name: str, rows: int) -> float:
-    """MB of resident memory that three steps take above model and batch, in a fresh process."""
+def peak(way: str, name: str, rows: int, device: torch.device) -> float:
+    """MB that three steps take above model and batch, in a fresh process."""
     command = [sys.executable, __file__, "--peak", way, "--models", name, "--batches", str(rows)]
+    command += ["--device", str(device)]
     found = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     return float(found)
 
 
-def _peak_here(way: str, name: str, rows: int) -> float:
-    step = step_of(way, name, rows)
+def _peak_here(way: str, name: str, rows: int, device: torch.device) -> float:
+    step = step_of(way, name, rows, device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(3):
+            step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     for _ in range(3):
@@ -218,14 +236,27 @@ def _status(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
+def clock_of(device: torch.device, wall: bool) -> Callable[[], float]:
+    """Seconds, when all is done that was begun on `device`."""
+    if device.type != "cuda":
+        return time.perf_counter if wall else time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
 def row(
-    name: str, rows: int, ways: list[str], repeat: int, clock: Callable[[], float]
-) -> list[str]:
+    name: str, rows: int, ways: list[str], repeat: int, device: torch.device,
+    clock: Callable[[], float],
+) -> list[str]:  # fmt: skip
     """Cells of one line: ratio of medians, of minima, memory; "-" where a way does not run."""
     steps, spent = {}, {}
     for way in ways:
         try:
-            steps[way] = step_of(way, name, rows)
+            steps[way] = step_of(way, name, rows, device)
             steps[way]()
             spent[way] = []
         except Exception as error:  # a way that does not run is a finding, not a failure
@@ -236,7 +267,7 @@ def row(
             start = clock()
             step()
             spent[way].append(clock() - start)
-    memory = {way: peak(way, name, rows) for way in steps}
+    memory = {way: peak(way, name, rows, device) for way in steps}
     middle = {way: statistics.median(times) for way, times in spent.items()}
     cells = [name, str(rows)]
     for way in ways:
@@ -260,28 +291,36 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--wall", action="store_true", help="seconds on the clock, not of the CPU")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore")
+    try:
+        device = pick_device(chosen.device)
+    except ModelError as error:
+        parser.error(str(error))
     if chosen.peak:
-        print(_peak_here(chosen.peak, chosen.models[0], chosen.batches[0]))
+        print(_peak_here(chosen.peak, chosen.models[0], chosen.batches[0], device))
         return
     ways = ["plain", *(way for way in chosen.ways if way != "plain")]
-    clock = time.perf_counter if chosen.wall else time.process_time
+    on_gpu = device.type == "cuda"
+    chip = torch.cuda.get_device_name(device) if on_gpu else "CPU"
+    clock, kind = clock_of(device, chosen.wall), "wall-clock" if chosen.wall or on_gpu else "CPU"
     print(
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, CPU, threads of "
-        f"torch: {chosen.threads}; {'wall-clock' if chosen.wall else 'CPU'} time;"
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {chip}, "
+        f"threads of torch: {chosen.threads}; {kind} time;"
     )
     print(f"torch {torch.__version__}; load {os.getloadavg()[0]:.1f} at the start\n")
     for name in chosen.models:
-        count = sum(p.numel() for p in made(name, 1)[0].parameters())
+        count = sum(p.numel() for p in made(name, 1, CPU)[0].parameters())
         print(f"- {name}: {count:,} parameters")
     print("\n| model | batch | " + " | ".join(ways) + " |")
     print("|---|---|" + "---|" * len(ways))
     for name in chosen.models:
         for rows in chosen.batches:
-            print("| " + " | ".join(row(name, rows, ways, chosen.repeat, clock)) + " |", flush=True)
+            cells = row(name, rows, ways, chosen.repeat, device, clock)
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/federation.py                  # five alternated runs of each, an hour
     python benchmarks/federation.py --quick          # one of each
     python benchmarks/federation.py --sides bare,loopback --runs 3
+    python benchmarks/federation.py --device cuda    # all sides train on the GPU
 
 20 clients with 200 records each, images, sounds and texts, 5 rounds of 7 steps of about 32 records,
 a model of about 140,000 trained parameters, the test records evaluated after each round. All sides
@@ -11,7 +12,8 @@ what runs them:
 
     bare       one process, one model, a loop over the clients; torch's own number of threads
     flower     Flower's simulation on Ray, one client a core. With DP as in Flower's Opacus example:
-               a PrivacyEngine for each message, and its epsilon asked for at the end of each
+               a PrivacyEngine for each message, and its epsilon asked for at the end of each. On a
+               GPU four clients share it
     loopback   `fedfuse simulate`, with its books, checkpoints, curves and summary
     ray        the same with federation.engine = "ray"
 
@@ -63,10 +65,12 @@ def write_data(folder: Path) -> Path:
 
 
 def fedfuse_command(
-    manifest: Path, engine: str, private: bool, out: Path, rounds: int
+    manifest: Path, engine: str, private: bool, out: Path, rounds: int, device: str
 ) -> list[str]:
     """`fedfuse simulate`, as a user would call it."""
-    values = SETTINGS | {"federation.engine": engine, "train.rounds": rounds}
+    values = SETTINGS | {
+        "federation.engine": engine, "train.rounds": rounds, "train.device": device,
+    }  # fmt: skip
     command = [sys.executable, "-m", "fedfuse", "simulate", "--data", str(manifest)]
     command += ["--out", str(out), "--unit", "record" if private else "none"]
     for key, value in values.items():
@@ -111,12 +115,12 @@ def model_of(config: Any, schema: Any) -> Any:
     return OfTensors()
 
 
-def tensors_of(dataset: Any) -> Any:
-    """A data set in memory, as a TensorDataset."""
+def tensors_of(dataset: Any, device: str) -> Any:
+    """A data set in the memory of `device`, as a TensorDataset."""
     import numpy as np
     from torch.utils.data import TensorDataset
 
-    batch = dataset.batch(np.arange(len(dataset)))
+    batch = dataset.batch(np.arange(len(dataset))).to(device)
     names = dataset.schema.names
     return TensorDataset(
         *(batch.inputs[n] for n in names), *(batch.present[n] for n in names), batch.target
@@ -145,7 +149,7 @@ def train_plain(model: Any, loader: Any) -> None:
         optimizer.step()
 
 
-def run_bare(manifest: str, private: bool, rounds: int) -> None:
+def run_bare(manifest: str, private: bool, rounds: int, device: str) -> None:
     """One process, one model."""
     import torch
     from torch.utils.data import DataLoader
@@ -154,9 +158,10 @@ def run_bare(manifest: str, private: bool, rounds: int) -> None:
 
     config = config_of(manifest)
     prepared = prepare(config.data, seed=config.seed)
-    nodes = [tensors_of(prepared.node(number)) for number in range(len(prepared.shards))]
-    test = tensors_of(prepared.test)
-    model: Any = model_of(config, prepared.schema)
+    shards = range(len(prepared.shards))
+    nodes = [tensors_of(prepared.node(number), device) for number in shards]
+    test = tensors_of(prepared.test, device)
+    model: Any = model_of(config, prepared.schema).to(device)
     if private:
         from opacus import GradSampleModule
         from opacus.data_loader import DPDataLoader
@@ -195,7 +200,7 @@ def run_bare(manifest: str, private: bool, rounds: int) -> None:
         print(f"accuracy {accuracy(model, test):.3f}", flush=True)
 
 
-def run_flower(manifest: str, private: bool, rounds: int) -> None:
+def run_flower(manifest: str, private: bool, rounds: int, device: str) -> None:
     """Flower's simulation, client and server as its PyTorch and Opacus examples have them."""
     import torch
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -213,16 +218,16 @@ def run_flower(manifest: str, private: bool, rounds: int) -> None:
     prepared = prepare(config.data, seed=config.seed)
     prepared.write(store)
     schema = prepared.schema
-    test = tensors_of(open_split(store, "test"))
+    test = tensors_of(open_split(store, "test"), device)
     client = ClientApp()
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
-        model: Any = model_of(config, schema)
+        model: Any = model_of(config, schema).to(device)
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
         _, dataset = open_node(store, int(context.node_config["partition-id"]))
-        loader = DataLoader(tensors_of(dataset), batch_size=BATCH, shuffle=True)
+        loader = DataLoader(tensors_of(dataset, device), batch_size=BATCH, shuffle=True)
         metrics: dict[str, float] = {"num-examples": float(len(dataset))}
         if private:
             from opacus import PrivacyEngine
@@ -253,7 +258,7 @@ def run_flower(manifest: str, private: bool, rounds: int) -> None:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        model = model_of(config, schema)
+        model = model_of(config, schema).to(device)
 
         def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord:
             model.load_state_dict(arrays.to_torch_state_dict())
@@ -273,7 +278,9 @@ def run_flower(manifest: str, private: bool, rounds: int) -> None:
         server_app=server,
         client_app=client,
         num_supernodes=CLIENTS,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.25 if device == "cuda" else 0.0}
+        },
     )
     folder.cleanup()
 
@@ -290,14 +297,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, default=0, help="of torch in a process; 0: its own")
     parser.add_argument("--dp", default="without,with", help="without, with or both")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--side", choices=("bare", "flower"), help=argparse.SUPPRESS)
     parser.add_argument("--private", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--manifest", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.side == "bare":
-        run_bare(chosen.manifest, chosen.private, chosen.rounds)
+        run_bare(chosen.manifest, chosen.private, chosen.rounds, chosen.device)
     elif chosen.side == "flower":
-        run_flower(chosen.manifest, chosen.private, chosen.rounds)
+        run_flower(chosen.manifest, chosen.private, chosen.rounds, chosen.device)
     else:
         compare(
             tuple(chosen.sides.split(",")),
@@ -305,15 +313,24 @@ def main() -> None:
             1 if chosen.quick else chosen.runs,
             rounds=chosen.rounds,
             threads=chosen.threads,
+            device=chosen.device,
         )
 
 
 def compare(
-    sides: tuple[str, ...], privates: tuple[bool, ...], runs: int, *, rounds: int, threads: int
-) -> None:
+    sides: tuple[str, ...], privates: tuple[bool, ...], runs: int, *, rounds: int, threads: int,
+    device: str,
+) -> None:  # fmt: skip
     """The table of all sides, alternated."""
     from measure import Measured, machine, measure, medians
 
+    from fedfuse.errors import ModelError
+    from fedfuse.train import pick_device
+
+    try:
+        pick_device(device)
+    except ModelError as error:
+        sys.exit(str(error))
     jobs = [(side, private) for private in privates for side in sides]
     found: dict[tuple[str, bool], list[Measured]] = {job: [] for job in jobs}
     # Whatever a side takes, no other threads than it asks for; and nothing goes out.
@@ -332,9 +349,9 @@ def compare(
             for side, private in jobs:
                 if side in ("loopback", "ray"):
                     out = Path(folder) / f"{side}-{private}-{run}"
-                    command = fedfuse_command(manifest, side, private, out, rounds)
+                    command = fedfuse_command(manifest, side, private, out, rounds, device)
                 else:
-                    command = [sys.executable, __file__, "--side", side]
+                    command = [sys.executable, __file__, "--side", side, "--device", device]
                     command += ["--manifest", str(manifest), "--rounds", str(rounds)]
                     command += ["--private"] if private else []
                 one = measure(command, env=env)
@@ -346,7 +363,7 @@ def compare(
                     flush=True,
                 )
     middle = {job: medians(runs) for job, runs in found.items()}
-    print(f"{machine()}; {rounds} rounds; medians of {runs}, alternated\n")
+    print(f"{machine(device)}; {rounds} rounds; medians of {runs}, alternated\n")
     print("| run by | DP | wall s | CPU s | peak memory MB | processes | load before |")
     print("|---|---|---|---|---|---|---|")
     for (side, private), one in middle.items():

@@ -86,11 +86,16 @@ def medians(runs: Sequence[Measured]) -> Measured:
     )
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """What this is measured on, in a line."""
+    chip = "CPU"
+    if device != "cpu":
+        import torch
+
+        chip = torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return f"{time.strftime('%Y-%m-%d')}, {cores} cores, CPU, {memory:.0f} GiB of memory"
+    return f"{time.strftime('%Y-%m-%d')}, {cores} cores, {chip}, {memory:.0f} GiB of memory"
 
 
 @dataclass(slots=True)

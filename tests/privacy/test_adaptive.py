@@ -75,7 +75,8 @@ def test_the_count_is_paid_for_by_noise_on_the_sum(make_config: MakeConfig) -> N
         pytest.param("node", 1e-6, marks=pytest.mark.slow),
         pytest.param("record", 1e6, marks=pytest.mark.slow),
         pytest.param("subject", 1e-6, marks=pytest.mark.slow),
-        pytest.param("node", 10.0, marks=pytest.mark.slow),
+        # Noise on a sum of few nodes is as long as a model: a larger C would make updates longer.
+        pytest.param("node", 0.1, marks=pytest.mark.slow),
     ],
 )
 def test_c_moves_towards_the_quantile_in_a_run_and_is_in_the_books(
@@ -102,7 +103,7 @@ def test_c_moves_towards_the_quantile_in_a_run_and_is_in_the_books(
     norms = [next(e.clip_norm for e in folder.events() if e.round == r) for r in range(1, 13)]
     assert norms[0] == first
     assert len({e.clip_norm for e in folder.events() if e.round == 2}) == 1  # one C for all nodes
-    assert (norms[-1] > 2 * first) if first < 1 else (norms[-1] < first / 2)
+    assert (norms[-1] > 2 * first) if first < 1e-3 else (norms[-1] < first / 2)
     assert {event.count_noise for event in folder.events()} == {1.0}
     # Adapting costs nothing beyond the count, which is inside sigma.
     steps = 1 if unit == "node" else 2

@@ -45,10 +45,11 @@ typedef struct {
     int64_t g_record, g_height, g_width, g_channel;
 } Shape;
 
-/* A layer's inputs and output gradients. Where `rows` is given, these records alone count. */
+/* A layer's inputs and output gradients. Where `rows` is given, these records alone count; of those
+   that count, the ones from `start` to before `stop` are worked on. */
 typedef struct {
     const Shape *s;
-    int64_t records;
+    int64_t start, stop;
     const float *x, *g;
     const int64_t *rows;
 } Pairs;
@@ -98,7 +99,7 @@ static int begin(Work *w, const Pairs *pairs, int many) {
     int copy_g = many || !in_order || w->columns != s->out_channels;
     w->most = 1;
     if (many)
-        w->most += least(HELD / (w->places * w->line + copy_x * w->area), pairs->records);
+        w->most += least(HELD / (w->places * w->line + copy_x * w->area), pairs->stop - pairs->start);
     w->first = malloc(w->places * sizeof *w->first);
     w->offset = malloc(w->patch * sizeof *w->offset);
     w->base = malloc(w->most * w->places * sizeof *w->base);
@@ -178,7 +179,7 @@ static void ready(Work *w, const Pairs *pairs, int64_t i, int64_t k, float facto
    multiplied, in so many `turns`: a step of x, then one of g. */
 static void announce(Work *w, const Pairs *pairs, int64_t i, int64_t count, int64_t turns) {
     int64_t x = w->s->height * w->s->width * w->s->channels, g = w->places * w->s->out_channels;
-    count = least(count, pairs->records - i);
+    count = least(count, pairs->stop - i);
     i = count ? row(pairs, i) : 0;
     w->soon[0] = (const char *)(pairs->x + i * w->s->x_record);
     w->soon[1] = (const char *)(pairs->g + i * w->s->g_record);
@@ -300,7 +301,7 @@ static void product(const Work *w, int64_t held, int more, float *out, wide_vec 
 int outer(const Pairs *pairs, float *out, const int64_t *to, int64_t out_record, float *squares) {
     Work w;
     int failed = !begin(&w, pairs, 0);
-    for (int64_t i = 0; !failed && i < pairs->records; i++) {
+    for (int64_t i = pairs->start; !failed && i < pairs->stop; i++) {
         wide_vec square;
         ready(&w, pairs, i, 0, 1);
         announce(&w, pairs, i + 1, 1, turns(&w, 1));
@@ -321,11 +322,11 @@ int weighted(const Pairs *pairs, const float *factors, float *out) {
     /* Several records are as one with all their places: out is fetched and stored once for them. At
        first they are few: nothing fetched these before. */
     int64_t held = 0, wanted = failed ? 0 : least(parts(FIRST, w.places), w.most);
-    for (int64_t i = 0; !failed && i < pairs->records; i++) {
+    for (int64_t i = pairs->start; !failed && i < pairs->stop; i++) {
         wide_vec square;
         if (factors[i] != 0)
             ready(&w, pairs, i, held++, factors[i]);
-        if (held == wanted || (held && i + 1 == pairs->records)) {
+        if (held == wanted || (held && i + 1 == pairs->stop)) {
             wanted = least(2 * wanted, w.most);
             announce(&w, pairs, i + 1, wanted, turns(&w, held));
             product(&w, held, 1, out, &square);
@@ -417,7 +418,7 @@ int gram(const Pairs *pairs, float *squares) {
         down[k] = k / TILE_J;
         across[k] = k % TILE_J;
     }
-    for (int64_t n = 0; !failed && n < pairs->records; n++) {
+    for (int64_t n = pairs->start; !failed && n < pairs->stop; n++) {
         double square = 0, reached = 0;
         wide_vec sum = {0};
         ready(&w, pairs, n, 0, 1);

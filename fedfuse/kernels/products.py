@@ -56,7 +56,8 @@ class _Shape(ctypes.Structure):
 class _Pairs(ctypes.Structure):
     _fields_ = [
         ("shape", ctypes.POINTER(_Shape)),
-        ("records", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
         ("x", ctypes.c_void_p),
         ("g", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
@@ -90,8 +91,7 @@ class Pairs:
         """
         self._held = (x, g, rows)
         self._shape = _shape(x.shape[1:], x.stride(), g.shape[1:], g.stride(), windows)
-        self._at, self._lines = (x.data_ptr(), g.data_ptr()), (4 * x.stride(0), 4 * g.stride(0))
-        self._rows = None if rows is None else rows.data_ptr()
+        self._at = (x.data_ptr(), g.data_ptr(), None if rows is None else rows.data_ptr())
         self._records = len(g if rows is None else rows)
         self._work = g.numel() * self._shape.channels * windows.kernel[0] * windows.kernel[1]
 
@@ -102,22 +102,16 @@ class Pairs:
         to    (n,) int64: the rows of out that they take; None: the first n
         """
         squares = torch.empty(self._records)
-        found, (first, line, _) = squares.data_ptr(), out
-        numbers, call = None if to is None else to.data_ptr(), _call("outer")
-
-        def some(pairs: _Pairs, start: int) -> int:
-            if numbers is not None:
-                return int(call(pairs, first, numbers + 8 * start, line, found + 4 * start))
-            return int(call(pairs, first + 4 * line * start, None, line, found + 4 * start))
-
-        self._share(some)
+        given = (out.at, None if to is None else to.data_ptr(), out.line, squares.data_ptr())
+        call = _call("outer")
+        self._share(lambda pairs: int(call(pairs, *given)))
         return squares
 
     def squares(self) -> Tensor:
         """(n,) squared norms of the products, rounded up, never down."""
         squares = torch.empty(self._records)
         found, call = squares.data_ptr(), _call("gram")
-        self._share(lambda pairs, start: int(call(pairs, found + 4 * start)))
+        self._share(lambda pairs: int(call(pairs, found)))
         return squares
 
     def add_sum(self, factors: Tensor, out: Tensor) -> None:
@@ -131,10 +125,10 @@ class Pairs:
         at, call = factors.data_ptr(), _call("weighted")
         sums = [out]
 
-        def some(pairs: _Pairs, start: int) -> int:
-            mine = out if start == 0 else torch.zeros_like(out)
-            failed = int(call(pairs, at + 4 * start, mine.data_ptr()))
-            if start:
+        def some(pairs: _Pairs) -> int:
+            mine = out if pairs.start == 0 else torch.zeros_like(out)
+            failed = int(call(pairs, at, mine.data_ptr()))
+            if mine is not out:
                 sums.append(mine)
             return failed
 
@@ -142,20 +136,10 @@ class Pairs:
         for other in sums[1:]:
             out += other
 
-    def _share(self, some: Callable[[_Pairs, int], int]) -> None:
-        """Runs `some(records from start on, start)` for all, by several threads where it pays."""
-
-        def run(start: int, stop: int) -> int:
-            x, g = self._at
-            rows = None
-            if self._rows is None:
-                x, g = x + start * self._lines[0], g + start * self._lines[1]
-            else:
-                rows = self._rows + 8 * start
-            pairs = _Pairs(ctypes.pointer(self._shape), stop - start, x, g, rows)
-            return some(pairs, start)
-
-        shared(run, self._records, self._work)
+    def _share(self, some: Callable[[_Pairs], int]) -> None:
+        """Runs `some` for all records, by several threads where it pays."""
+        shape, at = ctypes.pointer(self._shape), self._at
+        shared(lambda a, b: some(_Pairs(shape, a, b, *at)), self._records, self._work)
 
 
 @lru_cache(maxsize=1024)

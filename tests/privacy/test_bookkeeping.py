@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from fedfuse.batch import Batch
 from fedfuse.errors import ModelError
 from fedfuse.kernels import norms, products, tokens
-from fedfuse.privacy.clipping import book, convolution, embedding, layer, linear
+from fedfuse.privacy.clipping import book, convolution, layer, linear
 from fedfuse.privacy.clipping.bookkeeping import BookKeeping
 from fedfuse.privacy.clipping.linear import gram_squares
 from fedfuse.privacy.dpsgd import Part, PrivateOptimizer, prepare, private_step
@@ -73,8 +73,7 @@ def forced(way: str) -> Iterator[None]:
         if torch_alone:
             for kernels in (norms, products, tokens):
                 stack.enter_context(mock.patch.object(kernels, "fits", return_value=False))
-        for module in (book, linear, convolution, embedding):
-            stack.enter_context(mock.patch.object(module, "SMALL", small))
+        stack.enter_context(mock.patch.object(book, "SMALL", small))
         for module in (linear, convolution):
             gram = mock.patch.object(module, "gram_is_cheaper", return_value=norm == "gram")
             stack.enter_context(gram)

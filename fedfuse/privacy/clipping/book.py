@@ -202,10 +202,10 @@ class Book:
             self._large[place], self._order[place] = (grads.flatten(1), live), order
             return
         room, grads = self.room(place), grads.flatten(1)
-        if live is not None:
-            room.zero_().index_copy_(0, live, grads)
-        elif grads.data_ptr() != room.data_ptr():
+        if live is None:
             room.copy_(grads)
+        else:
+            room.zero_().index_copy_(0, live, grads)
 
     def write(
         self,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners, stored
-from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
+from fedfuse.privacy.clipping.costs import gram_is_cheaper
 from fedfuse.privacy.clipping.layer import Layer, compute_dtype
 from fedfuse.privacy.clipping.linear import gram_squares, product
 
@@ -53,9 +53,9 @@ class ConvLayer(Layer):
         for x, g, *rest in kept:
             live = rest[0] if rest else None
             x, g = x.to(m.weight.dtype), g.to(m.weight.dtype)
-            length, numbers = math.prod(g.shape[2:]), m.weight.numel()
+            length = math.prod(g.shape[2:])
             once = self.alone and len(kept) == 1
-            gram = once and m.groups == 1 and numbers > SMALL
+            gram = once and m.groups == 1 and not book.is_small(place)
             pairs = self.pairs(x, g, live) if once else None
             held = (x.numel() + g.numel()) // max(1, len(x))
             if gram and gram_is_cheaper(length, m.out_channels, m.weight[0].numel(), held):
@@ -84,7 +84,7 @@ class ConvLayer(Layer):
         """What `Book.instantiate` takes: gradients, whose they are, the order of their numbers."""
         m: Any = self.module
         shape, groups = m.weight.shape, m.groups
-        if book.fresh(place) and m.weight.numel() > SMALL:
+        if book.fresh(place) and not book.is_small(place):
             out = book.room(place)[: len(x)]
         else:
             out = x.new_empty((len(x), m.weight.numel()))

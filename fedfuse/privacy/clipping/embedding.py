@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from fedfuse.kernels import tokens
 from fedfuse.privacy.clipping.book import Book, Owners
-from fedfuse.privacy.clipping.costs import SMALL
 from fedfuse.privacy.clipping.layer import Layer
 from fedfuse.privacy.lengths import lengths
 
@@ -30,7 +29,7 @@ class EmbeddingLayer(Layer):
         padding = self.module.padding_idx
         if padding is not None:
             g = g.masked_fill(torch.eq(ids, padding).unsqueeze(-1), 0)
-        if self.alone and book.parameters[place].numel() > SMALL:
+        if self.alone and not book.is_small(place):
             book.enter(EmbeddingEntry(place, ids, g))
             return
         vocabulary = self.module.num_embeddings

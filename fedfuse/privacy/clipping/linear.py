@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedfuse.kernels import products
 from fedfuse.privacy.clipping.book import Book, Owners
-from fedfuse.privacy.clipping.costs import SMALL, gram_is_cheaper
+from fedfuse.privacy.clipping.costs import gram_is_cheaper
 from fedfuse.privacy.clipping.layer import Layer, compute_dtype
 
 __all__ = ["LinearEntry", "LinearLayer", "gram_squares", "product"]
@@ -56,7 +56,7 @@ class LinearLayer(Layer):
         # The longer side goes last: the product is then up to twice as fast.
         left, right, order = (a, g, (1, 0)) if p < d else (g, a, None)
         out = None
-        if book.fresh(place) and d * p > SMALL:
+        if book.fresh(place) and not small:
             out = book.room(place)[: len(a)].view(len(a), left.shape[2], right.shape[2])
         book.instantiate(place, product(left, right, out), live, order)
 
